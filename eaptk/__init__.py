@@ -1,0 +1,45 @@
+"""Edge Attribution Patching for Hugging Face language models.
+
+    graph  = eaptk.Graph.from_model(model, granularity="head")
+    scores = eaptk.attribute(model, batch, graph)
+    run    = eaptk.score(model, dataset, out="runs/sft")
+
+Names load on first use, so that `import eaptk` and the command line's help need neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Architecture": "architecture",
+    "Batch": "batch",
+    "EaptkError": "errors",
+    "EdgeScores": "attribute",
+    "Graph": "graph",
+    "Node": "graph",
+    "Run": "store",
+    "Sample": "batch",
+    "attribute": "attribute",
+    "check": "check",
+    "collate": "batch",
+    "compare": "compare",
+    "measure": "metrics",
+    "read_samples": "dataset",
+    "register_architecture": "architecture",
+    "score": "run",
+    "source_means": "attribute",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'eaptk' has no attribute {name!r}")
+    return getattr(import_module(f"eaptk.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,163 @@
+"""Samples and batches: token ids, how many of them are real, and which logits carry loss.
+
+A batch is always right-padded. With causal attention nothing real then ever sees padding, so no attention
+mask is needed, positions count from 0, and a sample's numbers cannot depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eaptk.errors import EaptkError
+
+#: In `Batch.targets` and `Batch.foils`: this position carries no loss.
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its answer, as token ids.
+
+    The sequence fed to the model is the prompt and the answer without its last token.
+
+    Args:
+        id: unique within a run.
+        prompt_ids, answer_ids: at least one token each.
+        group: the question this sample belongs to; samples of one group are not independent.
+        corrupt_ids: a corrupted prompt with as many tokens as `prompt_ids` (patching).
+        foil_ids: tokens the answer is contrasted with, as many as `answer_ids` (logit difference).
+        extra: user columns, carried into samples.parquet.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    group: str | None = None
+    corrupt_ids: tuple[int, ...] | None = None
+    foil_ids: tuple[int, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens fed to the model."""
+        return len(self.prompt_ids) + len(self.answer_ids) - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, right-padded with token 0.
+
+    Args:
+        ids: [B, T] int64.
+        lengths: [B] int64 on the CPU, number of real tokens of each sample.
+        targets: [B, T] int64, the token that `logits[b, t]` is to predict, `NO_TARGET` where no loss is taken.
+        names: [B] sample ids, for messages.
+        corrupt_ids: [B, T], or None.
+        foils: [B, T] like `targets`, or None.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    targets: Tensor
+    names: tuple[str, ...]
+    corrupt_ids: Tensor | None = None
+    foils: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device` (`lengths` stays on the CPU, where loops run over it)."""
+        moved = {
+            name: value.to(device)
+            for name in ("ids", "targets", "corrupt_ids", "foils")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+    @classmethod
+    def from_mapping(cls, tensors: Mapping[str, Any]) -> Batch:
+        """A batch from what a Hugging Face tokenizer returns.
+
+        Args:
+            tensors: ``input_ids`` [B, T]; optional ``attention_mask`` [B, T] (padding on either side);
+                optional ``labels`` [B, T] in the Hugging Face convention (labels[b, t] is token t itself,
+                −100 for no loss; default: every token but the first); optional ``corrupt_ids`` [B, T].
+
+        Raises:
+            EaptkError: a tensor is missing or has another shape, or a sample has no real token or no target.
+        """
+        if "input_ids" not in tensors:
+            raise EaptkError(f"a batch mapping needs 'input_ids'; it has {', '.join(map(repr, tensors)) or 'nothing'}")
+        ids = torch.as_tensor(tensors["input_ids"])
+        if ids.ndim != 2:
+            raise EaptkError(f"input_ids has shape {tuple(ids.shape)}; expected [batch, tokens]")
+        mask = torch.as_tensor(tensors.get("attention_mask", torch.ones_like(ids))).bool()
+        labels = torch.as_tensor(tensors.get("labels", ids))
+        corrupt = tensors.get("corrupt_ids")
+        corrupt = None if corrupt is None else torch.as_tensor(corrupt)
+        for name, value in (("attention_mask", mask), ("labels", labels), ("corrupt_ids", corrupt)):
+            if value is not None and value.shape != ids.shape:
+                raise EaptkError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}")
+
+        targets = torch.full_like(ids, NO_TARGET)
+        both_real = mask[:, 1:] & mask[:, :-1]
+        targets[:, :-1] = torch.where(both_real, labels[:, 1:], NO_TARGET)
+        # A stable sort by "is padding" moves every row's real tokens to the front, in order.
+        front = torch.argsort((~mask).int(), dim=1, stable=True)
+        real = torch.gather(mask, 1, front)
+
+        def packed(value: Tensor, padding: int) -> Tensor:
+            return torch.where(real, torch.gather(value, 1, front), padding)
+
+        batch = cls(
+            ids=packed(ids, 0),
+            lengths=mask.sum(1).cpu(),
+            targets=packed(targets, NO_TARGET),
+            names=tuple(str(b) for b in range(len(ids))),
+            corrupt_ids=None if corrupt is None else packed(corrupt, 0),
+        )
+        without = ((batch.targets != NO_TARGET).sum(1) == 0).nonzero().flatten().tolist()
+        if without:
+            raise EaptkError(f"sample {without[0]} of the batch has no token to predict; give it labels or more tokens")
+        return batch
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples side by side.
+
+    Raises:
+        EaptkError: no samples, or only some of them have `corrupt_ids` or `foil_ids`.
+    """
+    if not samples:
+        raise EaptkError("cannot make a batch of no samples")
+    width = max(sample.n_tokens for sample in samples)
+
+    def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+        return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+    def predicting(answer: Sequence[int], sample: Sample) -> list[int]:
+        return [NO_TARGET] * (len(sample.prompt_ids) - 1) + list(answer)
+
+    for name in ("corrupt_ids", "foil_ids"):
+        missing = [sample.id for sample in samples if getattr(sample, name) is None]
+        if missing and len(missing) < len(samples):
+            raise EaptkError(f"sample {missing[0]!r} has no {name} while others of its batch do")
+    corrupt = foils = None
+    if samples[0].corrupt_ids is not None:
+        corrupt = padded([(*s.corrupt_ids, *s.answer_ids[:-1]) for s in samples], 0)  # type: ignore[misc]
+    if samples[0].foil_ids is not None:
+        foils = padded([predicting(s.foil_ids, s) for s in samples], NO_TARGET)  # type: ignore[arg-type]
+    return Batch(
+        ids=padded([(*s.prompt_ids, *s.answer_ids[:-1]) for s in samples], 0),
+        lengths=torch.tensor([s.n_tokens for s in samples]),
+        targets=padded([predicting(s.answer_ids, s) for s in samples], NO_TARGET),
+        names=tuple(s.id for s in samples),
+        corrupt_ids=corrupt,
+        foils=foils,
+    )
