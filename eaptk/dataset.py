@@ -1,0 +1,320 @@
+"""Prompts and answers from a file, a Hugging Face dataset or Python, as checked token ids.
+
+One record is one sample:
+
+    {"id": "q17", "prompt": "2 + 2 =", "answer": " 4"}
+    {"id": "q17", "prompt_ids": [17, 488, 17, 284], "answer_ids": [220, 19]}
+
+optional: ``group`` (the question it belongs to), ``corrupt`` or ``corrupt_ids`` (a prompt of the same token
+length, followed by the same answer), ``foil`` or ``foil_ids`` (as many tokens as the answer). Everything else
+is carried along into samples.parquet.
+
+A prompt's text gets the special tokens that the tokenizer adds by default (a beginning-of-sequence token,
+say); an answer's and a foil's text gets none, as they continue a prompt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from eaptk.batch import Sample
+from eaptk.errors import EaptkError
+
+#: Columns of samples.parquet that eaptk fills, and that user columns may therefore not be called.
+RESERVED = ("n_prompt_tokens", "n_answer_tokens", "loss")
+_FIELDS = ("prompt", "answer", "corrupt", "foil")
+
+
+def read_samples(
+    source: Any,
+    tokenizer: Any = None,
+    *,
+    context: int | None = None,
+    vocabulary: int | None = None,
+    cut: int | None = None,
+    own_answers: int | None = None,
+    limit: int | None = None,
+) -> list[Sample]:
+    """Samples in the order of the source.
+
+    Args:
+        source: the path of a JSONL file; a Hugging Face dataset as an object, a folder that `save_to_disk` or
+            `load_dataset` knows, or a name on the hub (``name`` or ``name:split``); or an iterable of records
+            or of `Sample`.
+        tokenizer: turns text into tokens; records of token ids need none.
+        context: tokens of the longest sequence that the model can be fed; None: no limit.
+        vocabulary: token ids that the model has embeddings for; None: not checked.
+        cut: keep at most max(cut, 1) tokens of each answer (and foil).
+        own_answers: the model will answer, with up to this many tokens. Records then need no answer, and one
+            that is there is carried along as a user column (``answer`` or ``given_answer_ids``).
+        limit: read only this many records.
+
+    Returns:
+        Samples whose id is the record's ``id``, or where it has none, its number: the line of a JSONL file
+        (from 1), the row of anything else (from 0).
+
+    Raises:
+        EaptkError: nothing to read, or a record that cannot be used; the message names file, line and remedy.
+    """
+    records = islice(_records(source), limit)
+    samples: list[Sample] = []
+    seen: dict[str, str] = {}
+    for where, number, record in records:
+        if isinstance(record, Sample):
+            sample = record if own_answers is None else replace(record, answer_ids=(), foil_ids=None)
+        else:
+            sample = _Reader(where, record, tokenizer, own_answers is not None).sample(str(number))
+        if sample.id in seen:
+            raise EaptkError(
+                f"{where}: id {sample.id!r} is already that of {seen[sample.id]}; ids must be unique, "
+                f"use `group` to tie samples of one question together"
+            )
+        seen[sample.id] = where
+        _check_tokens(sample, where, vocabulary, own_answers is not None)
+        if cut is not None:
+            sample = _cut(sample, max(int(cut), 1))
+        n_tokens = len(sample.prompt_ids) + (own_answers or len(sample.answer_ids)) - 1
+        if context is not None and n_tokens > context:
+            raise EaptkError(
+                f"{where}: {n_tokens} tokens of prompt and answer are longer than the model's context "
+                f"of {context}; shorten the prompt, or cut the answer"
+            )
+        samples.append(sample)
+    if not samples:
+        name = source if isinstance(source, (str, Path)) else "the dataset"
+        raise EaptkError(f"{name} is empty: it needs at least one sample")
+    return samples
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Group samples of similar length; the plan depends on nothing else, so a resumed run has the same.
+
+    Args:
+        lengths: [n] tokens of each sample.
+        tokens_per_batch: most tokens of a batch, padding included; a longer sample is a batch alone.
+
+    Returns:
+        Batches of indices. The longest come first: if memory does not suffice, it fails at once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def samples_table(samples: Sequence[Sample]) -> pa.Table:
+    """samples.parquet without losses: id, group, token counts and ids, user columns."""
+    tokens = pa.list_(pa.int32())
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([s.id for s in samples], pa.string()),
+        "group": pa.array([s.group for s in samples], pa.string()),
+        "n_prompt_tokens": pa.array([len(s.prompt_ids) for s in samples], pa.int32()),
+        "n_answer_tokens": pa.array([len(s.answer_ids) for s in samples], pa.int32()),
+        "prompt_ids": pa.array([s.prompt_ids for s in samples], tokens),
+        "answer_ids": pa.array([s.answer_ids for s in samples], tokens),
+    }
+    for name in ("corrupt_ids", "foil_ids"):
+        if any(getattr(s, name) is not None for s in samples):
+            columns[name] = pa.array([getattr(s, name) for s in samples], tokens)
+    for name in dict.fromkeys(name for s in samples for name in s.extra):
+        if name in columns or name in RESERVED:
+            raise EaptkError(f"samples have a column {name!r}, which eaptk fills itself; rename it")
+        columns[name] = _user_column([s.extra.get(name) for s in samples])
+    return pa.table(columns)
+
+
+def _user_column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, TypeError, OverflowError):  # of mixed types: keep them as JSON
+        return pa.array([None if v is None else json.dumps(v, default=str) for v in values], pa.string())
+
+
+def _records(source: Any) -> Iterator[tuple[str, int, Any]]:
+    """Each record with where it stands, for messages, and its number."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_file():
+            yield from _json_lines(path)
+            return
+        name, records = str(source), _hugging_face(source)
+    else:
+        name, records = "the dataset", source
+        if isinstance(records, Mapping):
+            raise EaptkError(f"the dataset has splits ({', '.join(map(str, records))}); pass one of them")
+        if not isinstance(records, Iterable):
+            raise EaptkError(
+                f"a dataset is a path, a Hugging Face dataset or records, not {type(source).__name__}"
+            )
+    for row, record in enumerate(records):
+        yield f"{name} row {row}", row, record
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path} line {number}"
+                if line.strip():
+                    yield where, number, _json_object(line, where)
+    except UnicodeDecodeError as error:
+        raise EaptkError(
+            f"{path} is not UTF-8 text ({error}); write it as JSONL, one object a line"
+        ) from error
+    except OSError as error:
+        raise EaptkError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise EaptkError(f"{where} is not valid JSON ({problem}); write one object a line") from error
+    if not isinstance(record, dict):
+        raise EaptkError(f'{where} is not an object; write {{"prompt": …, "answer": …}}')
+    return record
+
+
+def _hugging_face(source: str | Path) -> Any:
+    """A dataset from a local folder or the hub."""
+    name, _, split = str(source).partition(":")
+    on_hub = (
+        not name.startswith((".", "/", "~"))
+        and name.count("/") <= 1
+        and not name.endswith((".jsonl", ".json"))
+    )
+    if not Path(name).is_dir() and not on_hub:
+        raise EaptkError(f"no such file: {source}; give a JSONL file or a Hugging Face dataset")
+    try:
+        import datasets
+    except ImportError as error:
+        raise EaptkError(
+            f"{source} is no file, and reading it as a Hugging Face dataset needs: pip install datasets"
+        ) from error
+    try:
+        if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name)
+    except Exception as error:  # the library raises many kinds, all of them about the name or the network
+        raise EaptkError(
+            f"no file, and no Hugging Face dataset that can be read: {source} ({_line(error)})"
+        ) from error
+    if not isinstance(found, Mapping):
+        return found
+    if not split and len(found) == 1:
+        return next(iter(found.values()))
+    if split not in found:
+        raise EaptkError(
+            f"{name} has splits {', '.join(found)}; name one of them, as in {name}:{next(iter(found))}"
+        )
+    return found[split]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """One record: where it stands, and how its text becomes tokens."""
+
+    where: str
+    record: Any
+    tokenizer: Any
+    own_answers: bool
+
+    def sample(self, default_id: str) -> Sample:
+        if not isinstance(self.record, Mapping):
+            raise self._error(f"a record is a mapping, not {type(self.record).__name__}")
+        prompt = self._tokens("prompt", required=True, special=True)
+        answer = () if self.own_answers else self._tokens("answer", required=True)
+        used = {"id", "group"} | {f for field in _FIELDS for f in (field, f"{field}_ids")}
+        extra = {name: value for name, value in self.record.items() if name not in used}
+        if self.own_answers:
+            given = {"answer": self.record.get("answer"), "given_answer_ids": self.record.get("answer_ids")}
+            extra |= {name: value for name, value in given.items() if value is not None}
+        identity, group = self.record.get("id"), self.record.get("group")
+        return Sample(
+            id=default_id if identity is None else str(identity),
+            prompt_ids=prompt or (),
+            answer_ids=answer or (),
+            group=None if group is None else str(group),
+            corrupt_ids=self._tokens("corrupt", special=True),
+            foil_ids=None if self.own_answers else self._tokens("foil"),
+            extra=extra,
+        )
+
+    def _tokens(self, field: str, required: bool = False, special: bool = False) -> tuple[int, ...] | None:
+        """Token ids of ``field`` or ``field_ids``, None if neither is there."""
+        text, ids = self.record.get(field), self.record.get(f"{field}_ids")
+        if text is not None and ids is not None:
+            raise self._error(f"it has both {field!r} and '{field}_ids'; give one of them")
+        if text is not None:
+            if not isinstance(text, str):
+                raise self._error(f"{field!r} is {type(text).__name__}, not text")
+            if self.tokenizer is None:
+                raise self._error(
+                    f"{field!r} is text, but there is no tokenizer; give '{field}_ids', or a tokenizer"
+                )
+            ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        elif ids is None:
+            if required:
+                raise self._error(f"it has no {field!r} (nor '{field}_ids'){self._guess(field)}")
+            return None
+        elif not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
+            raise self._error(f"'{field}_ids' is not a list of whole numbers")
+        if not ids:
+            raise self._error(f"its {field} is empty; every {field} needs at least one token")
+        return tuple(ids)
+
+    def _guess(self, field: str) -> str:
+        close = difflib.get_close_matches(field, map(str, self.record), n=1)
+        found = ", ".join(map(repr, self.record)) or "no field at all"
+        return f"; did you mean {close[0]!r}?" if close else f"; it has {found}"
+
+    def _error(self, problem: str) -> EaptkError:
+        return EaptkError(f"{self.where}: {problem}")
+
+
+def _cut(sample: Sample, n: int) -> Sample:
+    foil = None if sample.foil_ids is None else sample.foil_ids[:n]
+    return replace(sample, answer_ids=sample.answer_ids[:n], foil_ids=foil)
+
+
+def _check_tokens(sample: Sample, where: str, vocabulary: int | None, own_answers: bool) -> None:
+    """What must hold for any sample, however it was made."""
+    for field, ids in (("prompt", sample.prompt_ids), ("answer", sample.answer_ids)):
+        if not ids and not (own_answers and field == "answer"):
+            raise EaptkError(f"{where}: its {field} is empty; every {field} needs at least one token")
+    if sample.corrupt_ids is not None and len(sample.corrupt_ids) != len(sample.prompt_ids):
+        raise EaptkError(
+            f"{where}: the corrupt prompt has {len(sample.corrupt_ids)} tokens, the prompt "
+            f"{len(sample.prompt_ids)}; they must have as many, each position is patched by its twin"
+        )
+    if sample.foil_ids is not None and len(sample.foil_ids) != len(sample.answer_ids):
+        raise EaptkError(
+            f"{where}: the foil has {len(sample.foil_ids)} tokens, the answer {len(sample.answer_ids)}; "
+            f"they must have as many, they are contrasted token by token"
+        )
+    if vocabulary is None:
+        return
+    for field in ("prompt_ids", "answer_ids", "corrupt_ids", "foil_ids"):
+        bad = [token for token in getattr(sample, field) or () if not 0 <= token < vocabulary]
+        if bad:
+            raise EaptkError(
+                f"{where}: token {bad[0]} of {field} is not in the model's vocabulary of {vocabulary}; "
+                f"use the tokenizer that belongs to the model"
+            )
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

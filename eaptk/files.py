@@ -1,0 +1,124 @@
+"""Files that are either whole or not there, and arrays whose space is reserved before they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eaptk.errors import EaptkError
+
+DAMAGED = "restore it from a copy, or delete the folder and score again"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path`, synced and whole, when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def reserve_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """An .npy file of zeros whose bytes are already allocated on the disk."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        )
+        file.flush()
+        size = file.tell() + int(np.prod(shape)) * dtype.itemsize
+        disk = os.statvfs(path.parent)
+        free = disk.f_bavail * disk.f_frsize
+        try:
+            if free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise EaptkError(
+                f"the rows of {path.parent} need {size} bytes and its disk has {free} free; "
+                f"free some, choose a folder on another disk, or halve them with row dtype float16"
+            ) from error
+
+
+def check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """The byte at which the data of an .npy file starts, once the file is known to be what it should be."""
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            found, fortran, found_dtype = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise EaptkError(f"{path} is missing; {DAMAGED}") from None
+    except (OSError, ValueError) as error:
+        raise EaptkError(f"{path} cannot be read as an array ({error}); {DAMAGED}") from error
+    if found != shape or found_dtype != dtype or fortran:
+        raise EaptkError(f"{path} holds {found_dtype} {found}, the manifest says {dtype} {shape}; {DAMAGED}")
+    expected = offset + int(np.prod(shape)) * dtype.itemsize
+    if size < expected:
+        raise EaptkError(f"{path} is truncated: {size} bytes where {expected} are expected; {DAMAGED}")
+    return offset
+
+
+def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """An .npy file, memory-mapped read-only and checked as `check_array` does."""
+    offset = check_array(path, shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def read_table(path: Path) -> pa.Table:
+    """A Parquet file; a missing or broken one is an `EaptkError`."""
+    try:
+        return pq.read_table(path)
+    except FileNotFoundError:
+        raise EaptkError(f"{path} is missing; {DAMAGED}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise EaptkError(f"{path} cannot be read as Parquet; {DAMAGED}") from error
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file, whole or not at all."""
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def pwrite(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of `data`: a nearly full disk takes a part of it, and says why only at the next try."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing a run into one line with its remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "choose a folder you can write to"
+        if error.errno in DISK_FULL:
+            remedy = "free some space and repeat the command, finished rows are kept"
+        raise EaptkError(f"cannot write run {path}: {error.strerror or error}; {remedy}") from error
