@@ -1,0 +1,239 @@
+"""One batch in, the score of every edge of every sample out.
+
+    I(s→d) = Σ_t ⟨∇_{H_d} L[t], O'_s[t] − O_s[t]⟩
+
+predicts, to first order, how the loss L changes when the edge alone carries O'_s in place of O_s. O' is zero
+(ablation ``"zero"``; arXiv 2509.21044), what the source writes on a corrupted prompt (``"patching"``; Syed et al.,
+arXiv 2310.10348), or the source's mean (``"mean"``). One forward and one backward pass give all edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from eaptk import losses
+from eaptk.batch import Batch
+from eaptk.capture import Capture, frozen
+from eaptk.errors import EaptkError
+from eaptk.graph import Graph
+from eaptk.kernels import contract
+from eaptk.losses import LOSSES, LossFunction, LossName
+from eaptk.sites import Sites
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas
+
+Ablation = Literal["zero", "patching", "mean"]
+ABLATIONS: tuple[Ablation, ...] = ("zero", "patching", "mean")
+#: Float16 gradients of a mean loss fall below its smallest number; a power of two keeps them, exactly undone.
+FLOAT16_LOSS_SCALE = 2.0**12
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """Scores of one batch.
+
+    Args:
+        rows: [B, n_edges] float32 (float64 for a float64 model), on the CPU; columns as `graph` numbers them.
+        loss: [B] each sample's loss.
+        graph: the graph the columns belong to.
+    """
+
+    rows: Tensor
+    loss: Tensor
+    graph: Graph
+
+    def matrix(self) -> npt.NDArray[Any]:
+        """[B, n_sources, n_destinations], 0 where there is no edge."""
+        return self.graph.matrix(self.rows.numpy())
+
+    def top(self, k: int = 20) -> list[tuple[str, float]]:
+        """The `k` edges of largest mean |score| over the batch, as (``source→destination``, mean score)."""
+        strength = self.rows.abs().mean(0)
+        columns = torch.topk(strength, min(k, len(strength))).indices.tolist()
+        mean = self.rows.mean(0)
+        return [(self.graph.edge_name(column), mean[column].item()) for column in columns]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The graph's edge table with one score column a sample, ``0`` … ``B−1``."""
+        import pandas
+
+        scores = pandas.DataFrame(self.rows.numpy().T)
+        return pandas.concat([self.graph.to_frame(), scores], axis=1)
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The graph with each edge's mean score over the batch as ``score``."""
+        return self.graph.to_networkx(self.rows.mean(0).numpy())
+
+
+def attribute(
+    model: nn.Module,
+    batch: Batch | Mapping[str, Any],
+    graph: Graph,
+    *,
+    ablation: Ablation = "zero",
+    loss: LossName | LossFunction = "nll",
+    means: Mapping[str, Tensor] | None = None,
+) -> EdgeScores:
+    """Scores of every edge of every sample of a batch.
+
+    Args:
+        model: a Hugging Face causal LM; it is left exactly as found.
+        batch: a `Batch`, or what a tokenizer returns (see `Batch.from_mapping`).
+        graph: from `Graph.from_model(model, …)`.
+        ablation: what takes the place of a source's output; see the module.
+        loss: ``"nll"``: mean negative log-likelihood of the targets; ``"logit_diff"``: mean logit(foil) −
+            logit(target); ``"kl"``: KL to the clean run (patching only; as KL and its gradient vanish on the clean
+            run, the gradient is taken on the corrupted one); or a callable (logits [B, T, V], batch) → [B].
+        means: from `source_means`, for ablation ``"mean"``.
+
+    Raises:
+        EaptkError: the graph is another model's; ablation and loss lack what they need; the loss or a score is
+            NaN or infinite (the sample and the edge are named).
+    """
+    if not isinstance(batch, Batch):
+        batch = Batch.from_mapping(batch)
+    _check_request(batch, ablation, loss, means)
+    batch = batch.to(next(model.parameters()).device)
+    sites = Sites(model, graph)
+    with frozen(model):
+        if loss == "kl":
+            clean, clean_logits = _values(model, sites, batch)
+            run, sample_losses = _gradients(model, sites, _corrupted(batch), loss, clean_logits)
+            sources = [
+                replace(source, value=clean[name], replacement=source.value)
+                for name, source in zip(clean, run.sources(), strict=True)
+            ]
+        else:
+            replacements = means
+            if ablation == "patching":
+                replacements, _ = _values(model, sites, _corrupted(batch))
+            run, sample_losses = _gradients(model, sites, batch, loss)
+            sources = run.sources(replacements)
+        with torch.no_grad():
+            rows = contract(sources, run.destinations(), batch.lengths.tolist())
+    rows = (rows / _loss_scale(model)).cpu()
+    _check_finite(rows, batch, graph)
+    return EdgeScores(rows, sample_losses.cpu(), graph)
+
+
+def source_means(model: nn.Module, batches: Iterable[Batch], graph: Graph) -> dict[str, Tensor]:
+    """Each source's mean output over all real tokens of all batches, for ablation ``"mean"``.
+
+    Returns:
+        By source name: [D]; at head granularity ``a{l}``: [heads, head_dim] at the output projection's input.
+        Summed in float64 in the order given, so the same batches give the same bytes.
+    """
+    sites = Sites(model, graph)
+    totals: dict[str, Tensor] = {}
+    n_tokens = 0
+    with frozen(model):
+        for batch in batches:
+            values, _ = _values(model, sites, batch.to(next(model.parameters()).device))
+            for name, value in values.items():
+                for row, length in zip(value, batch.lengths.tolist(), strict=True):
+                    total = row[:length].sum(0, dtype=torch.float64)
+                    totals[name] = totals[name] + total if name in totals else total
+            n_tokens += int(batch.lengths.sum())
+    if not n_tokens:
+        raise EaptkError("cannot take means over no batches")
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    return {name: (total / n_tokens).to(dtype) for name, total in totals.items()}
+
+
+def _values(model: nn.Module, sites: Sites, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """Source values of a forward pass, and its logits [N, V] at the loss positions."""
+    with torch.no_grad(), Capture(sites, gradients=False) as capture:
+        logits = forward(model, sites, batch)
+    return capture.values, logits
+
+
+def _gradients(
+    model: nn.Module, sites: Sites, batch: Batch, loss: LossName | LossFunction, clean_logits: Tensor | None = None
+) -> tuple[Capture, Tensor]:
+    """Sources and destinations of a forward and backward pass, and the losses [B]."""
+    with torch.enable_grad(), Capture(sites, gradients=True) as capture:
+        logits = forward(model, sites, batch, every_position=callable(loss))
+        if callable(loss):
+            sample_losses = loss(logits, batch)
+            if sample_losses.shape != (len(batch),):
+                raise EaptkError(f"the loss returned shape {tuple(sample_losses.shape)}; expected [{len(batch)}]")
+        elif loss == "kl":
+            assert clean_logits is not None
+            sample_losses = losses.kl(logits, clean_logits, batch)
+        else:
+            sample_losses = getattr(losses, loss)(logits, batch)
+        bad = (~sample_losses.detach().isfinite()).nonzero().flatten().tolist()
+        if bad:
+            value = sample_losses[bad[0]].item()
+            raise EaptkError(
+                f"sample {batch.names[bad[0]]!r}: the loss is {value}; its logits are not finite "
+                f"(try a wider dtype, or check the weights)"
+            )
+        assert capture.root is not None
+        torch.autograd.grad(sample_losses.sum() * _loss_scale(model), capture.root)
+    return capture, sample_losses.detach()
+
+
+def forward(model: nn.Module, sites: Sites, batch: Batch, every_position: bool = False) -> Tensor:
+    """Logits [N, V] at the positions that carry loss alone, or [B, T, V] at every one."""
+    with _only_at(sites.unembedding, None if every_position else losses.loss_positions(batch)):
+        logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
+    return logits if every_position else logits[0]
+
+
+@contextmanager
+def _only_at(unembedding: nn.Module, positions: Tensor | None) -> Iterator[None]:
+    """The vocabulary is wide: unembed only `positions` of the flattened [B·T], as one row of a batch."""
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        return None if positions is None else (args[0].flatten(0, 1).index_select(0, positions)[None],)
+
+    handle = unembedding.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _corrupted(batch: Batch) -> Batch:
+    assert batch.corrupt_ids is not None
+    return replace(batch, ids=batch.corrupt_ids)
+
+
+def _loss_scale(model: nn.Module) -> float:
+    return FLOAT16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
+
+
+def _check_request(
+    batch: Batch, ablation: str, loss: LossName | LossFunction, means: Mapping[str, Tensor] | None
+) -> None:
+    if ablation not in ABLATIONS:
+        raise EaptkError(f"ablation is {ablation!r}; it must be one of {', '.join(ABLATIONS)}")
+    if not callable(loss) and loss not in LOSSES:
+        raise EaptkError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}, or a callable")
+    if ablation == "patching" and batch.corrupt_ids is None:
+        raise EaptkError("ablation 'patching' needs a corrupted prompt: give every sample `corrupt` or `corrupt_ids`")
+    if (ablation == "mean") != (means is not None):
+        raise EaptkError("ablation 'mean' needs means=eaptk.source_means(model, batches, graph), and only it takes them")
+    if loss == "kl" and ablation != "patching":
+        raise EaptkError(f"loss 'kl' has no gradient on the clean run that ablation {ablation!r} uses; use 'patching'")
+
+
+def _check_finite(rows: Tensor, batch: Batch, graph: Graph) -> None:
+    if bool(rows.isfinite().all()):
+        return
+    sample, column = np.argwhere(~rows.isfinite().numpy())[0]
+    raise EaptkError(
+        f"sample {batch.names[sample]!r}: the score of edge {graph.edge_name(column)} is "
+        f"{rows[sample, column].item()} (try a wider dtype, or check the weights)"
+    )

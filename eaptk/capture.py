@@ -1,0 +1,269 @@
+"""Hooks that read sources in a forward pass and destination gradients in its backward pass.
+
+Sources are module outputs, held by reference. A destination's own share of the gradient is had by giving
+it its own *view* of the tensor it reads: the view's gradient is what flows through that reader alone,
+and autograd computes it anyway. Where it is taken decides what is left to do:
+
+    at the residual stream, before a norm that serves one destination      nothing
+    at a projection's input (q, k and v share a norm)                       the norm's product
+    at a projection's output, by head                                       weights and the norm's product
+
+The last two are the contraction's work (`eaptk.kernels`). Hooks exist only inside `with Capture(…)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eaptk.errors import EaptkError
+from eaptk.kernels import Destination, Norm, Source
+from eaptk.sites import LayerSites, Sites
+
+_BRANCHES = ("q", "k", "v")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; every flag as it was found outside, errors included."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class Capture:
+    """Sources, and with `gradients` destinations, of one forward pass run inside the context.
+
+    `values` holds [B, T, D] by source name (``input``, ``a3``, ``m3``); at head granularity ``a3`` holds the
+    output projection's input [B, T, heads, head_dim]. After the backward pass `gradients` holds what the
+    module docstring lists, by destination name (``a3<q>``, ``m3``, ``logits``).
+    """
+
+    def __init__(self, sites: Sites, gradients: bool) -> None:
+        self.sites = sites
+        self.values: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
+        #: The stream as the first layer receives it, a leaf: backward passes run from the loss to here.
+        self.root: Tensor | None = None
+        self._with_gradients = gradients
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Capture:
+        try:
+            for index, layer in enumerate(self.sites.layers):
+                self._hook_sources(index, layer)
+                if self._with_gradients:
+                    self._hook_destinations(index, layer)
+            if self._with_gradients:
+                self._tap_input(self.sites.final_norm, "logits")
+        except BaseException:
+            self._hooks.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._hooks.close()
+
+    def sources(self, replacements: Mapping[str, Tensor] | None = None) -> list[Source]:
+        """Operands in order of writing; `replacements` by source name, broadcastable to `values`."""
+        by_head = self.sites.graph.granularity == "head"
+        operands = []
+        for name, value in self.values.items():
+            weight = gain = None
+            if by_head and name.startswith("a"):
+                layer = self.sites.layers[int(name[1:])]
+                weight = self.sites.output_weight(layer)
+                if layer.attention_post_norm is not None:
+                    gain = self.sites.norm_facts(layer.attention_post_norm)[0]
+            replacement = None if replacements is None else replacements[name]
+            operands.append(Source(value, weight, gain, replacement))
+        return operands
+
+    def destinations(self) -> list[Destination]:
+        """Operands in order of reading, once the backward pass has run."""
+        graph = self.sites.graph
+        by_head = graph.granularity == "head" and graph.qkv == "split"
+        reach = {(node.kind, node.layer): graph.sources_before(node) for node in graph.destinations}
+        operands = []
+        for index, layer in enumerate(self.sites.layers):
+            attention, mlp = reach["attention", index], reach["mlp", index]
+            norm = self._norm(layer.attention_norm, f"a{index}")
+            if graph.qkv == "split":
+                for branch in _BRANCHES:
+                    weight = self.sites.branch_weight(layer, branch) if by_head else None
+                    operands.append(Destination(self.gradients[f"a{index}<{branch}>"], attention, weight, norm))
+            else:
+                operands.append(Destination(self.gradients[f"a{index}"], attention, norm=norm))
+            operands.append(Destination(self.gradients[f"m{index}"], mlp, norm=norm if layer.shared_norm else None))
+        operands.append(Destination(self.gradients["logits"], reach["logits", graph.n_layers]))
+        return operands
+
+    def _norm(self, module: nn.Module, name: str) -> Norm | None:
+        if name not in self.streams:
+            return None
+        return Norm(self.streams[name], *self.sites.norm_facts(module))
+
+    def _hook_sources(self, index: int, layer: LayerSites) -> None:
+        if index == 0:
+            self._before(layer.block, self._read_input)
+        if self.sites.graph.granularity == "block":
+            self._after(layer.attention_write, self._read_output(f"a{index}"))
+        else:
+            self._before(layer.attention_output, self._read_heads(f"a{index}"))
+            if layer.attention_post_norm is not None:
+                self._before(layer.attention_post_norm, self._scale_heads(f"a{index}", layer.attention_post_norm))
+        self._after(layer.mlp_write, self._read_output(f"m{index}"))
+
+    def _hook_destinations(self, index: int, layer: LayerSites) -> None:
+        name, graph = f"a{index}", self.sites.graph
+        if graph.qkv == "merged" and not layer.shared_norm:
+            self._tap_input(layer.attention_norm, name)
+        else:
+            self._before(layer.attention_norm, self._read_stream(name))
+            self._tap_attention(layer, name)
+        self._tap_input(layer.mlp_read if layer.shared_norm else layer.mlp_norm, f"m{index}")
+
+    def _tap_attention(self, layer: LayerSites, name: str) -> None:
+        graph, fused = self.sites.graph, self.sites.architecture.fused is not None
+        modules = dict(zip(_BRANCHES, (layer.query, layer.key, layer.value), strict=True))
+        if graph.qkv == "merged":
+            for module in dict.fromkeys(modules.values()):
+                self._tap_input(module, name)
+        elif graph.granularity == "head":
+            keys = {branch: f"{name}<{branch}>" for branch in _BRANCHES}
+            for module in dict.fromkeys(modules.values()):
+                owned = {keys[branch]: branch for branch in _BRANCHES if modules[branch] is module}
+                self._after(module, self._tap_output(owned))
+        elif fused:
+            weights = {f"{name}<{b}>": self.sites.branch_weight(layer, b).flatten(0, 1) for b in _BRANCHES}
+            self._after(layer.query, self._split_backward(weights))
+        else:
+            for branch, module in modules.items():
+                self._tap_input(module, f"{name}<{branch}>")
+
+    def _record(self, key: str) -> Callable[[Tensor], None]:
+        def record(gradient: Tensor) -> None:
+            seen = self.gradients.get(key)
+            self.gradients[key] = gradient if seen is None else seen + gradient
+
+        return record
+
+    def _before(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
+        """Let `change` see, and perhaps replace, the tensor that `module` reads."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            changed = change(x)
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+        self._hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _after(self, module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> None:
+        self._hooks.callback(module.register_forward_hook(hook).remove)
+
+    def _tap_input(self, module: nn.Module, key: str) -> None:
+        record = self._record(key)
+
+        def tap(x: Tensor) -> Tensor:
+            view = x.view_as(x)
+            view.register_hook(record)
+            return view
+
+        self._before(module, tap)
+
+    def _tap_output(self, branches: Mapping[str, str]) -> Callable[[nn.Module, Any, Any], Any]:
+        def record(gradient: Tensor) -> None:
+            for key, branch in branches.items():
+                self.gradients[key] = self.sites.branch_values(gradient, branch)
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            view = output.view_as(output)
+            view.register_hook(record)
+            return view
+
+        return hook
+
+    def _split_backward(self, weights: Mapping[str, Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+        def branches(gradient: Tensor) -> Iterator[Tensor]:
+            for (key, weight), branch in zip(weights.items(), _BRANCHES, strict=True):
+                self.gradients[key] = self.sites.branch_values(gradient, branch).flatten(-2) @ weight
+                yield self.gradients[key]
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Any:
+            return _SplitBackward.apply(args[0], output.detach(), branches)
+
+        return hook
+
+    def _read_input(self, stream: Tensor) -> Tensor | None:
+        self.values["input"] = stream.detach()
+        if not self._with_gradients:
+            return None
+        self.root = stream.detach().requires_grad_()
+        return self.root
+
+    def _read_stream(self, name: str) -> Callable[[Tensor], None]:
+        def read(stream: Tensor) -> None:
+            self.streams[name] = stream.detach()
+
+        return read
+
+    def _read_output(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.values[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    def _read_heads(self, name: str) -> Callable[[Tensor], None]:
+        def read(heads: Tensor) -> None:
+            self.values[name] = heads.detach().unflatten(-1, (self.sites.graph.n_heads, -1))
+
+        return read
+
+    def _scale_heads(self, name: str, norm: nn.Module) -> Callable[[Tensor], None]:
+        # A norm between the heads' sum and the stream is no linear map, but at the scale it takes on this
+        # input it is: each head's share of what is added is its output times that scale and the gain.
+        _, eps, centred = self.sites.norm_facts(norm)
+        if centred:
+            raise EaptkError("a LayerNorm after the attention block cannot be shared out among heads; use 'block'")
+
+        def scale(summed: Tensor) -> None:
+            summed = summed.detach().to(torch.promote_types(summed.dtype, torch.float32))
+            rho = torch.rsqrt(summed.square().mean(-1, keepdim=True) + eps)
+            self.values[name] = self.values[name] * rho.unsqueeze(-1)
+
+        return scale
+
+
+class _SplitBackward(torch.autograd.Function):
+    """The output of a fused q/k/v projection, whose backward multiplies by its three parts one by one.
+
+    The sum is the gradient that one product with the whole weight would give, at the same cost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor, branches: Callable[[Tensor], Iterator[Tensor]]) -> Tensor:
+        ctx.branches = branches
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        first, second, third = ctx.branches(gradients[0])
+        return first + second + third, None, None

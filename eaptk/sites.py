@@ -1,0 +1,138 @@
+"""An architecture entry resolved on a loaded model: its modules, weights by head, and norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from eaptk.architecture import Architecture, find_architecture
+from eaptk.errors import EaptkError
+from eaptk.graph import Graph
+
+
+@dataclass(frozen=True)
+class LayerSites:
+    """Modules of one layer, named as in `Architecture`."""
+
+    block: nn.Module
+    attention_norm: nn.Module
+    mlp_norm: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_output: nn.Module
+    attention_write: nn.Module
+    mlp_write: nn.Module
+    mlp_read: nn.Module
+    attention_post_norm: nn.Module | None
+
+    @property
+    def shared_norm(self) -> bool:
+        """Attention and MLP read the output of one norm."""
+        return self.attention_norm is self.mlp_norm
+
+
+class Sites:
+    """Where `graph`'s sources and destinations are in `model`.
+
+    Raises:
+        EaptkError: the model's type has no architecture entry, a path of the entry leads nowhere, or the
+            graph was made for another model.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.architecture = find_architecture(model.config)
+        expected = Graph.from_model(model, graph.granularity, graph.qkv)
+        if graph != expected:
+            raise EaptkError(f"the graph does not fit the model: it has {graph}, the model {expected}")
+        self.graph = graph
+        self.layers = [self._layer(block, i) for i, block in enumerate(self._find(model, self.architecture.layers))]
+        if len(self.layers) != graph.n_layers:
+            raise EaptkError(f"the config says {graph.n_layers} layers, the model has {len(self.layers)}")
+        self.final_norm: nn.Module = self._find(model, self.architecture.final_norm)
+        self.unembedding = model.get_output_embeddings()  # type: ignore[operator]
+        if self.unembedding is None:
+            raise EaptkError(f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM")
+
+    def _layer(self, block: nn.Module, index: int) -> LayerSites:
+        entry: Architecture = self.architecture
+        post_norm = entry.attention_post_norm
+        paths = {
+            name: getattr(entry, name)
+            for name in LayerSites.__dataclass_fields__
+            if name not in ("block", "attention_post_norm")
+        }
+        where = f"layer {index}"
+        return LayerSites(
+            block=block,
+            attention_post_norm=None if post_norm is None else self._find(block, post_norm, where),
+            **{name: self._find(block, path, where) for name, path in paths.items()},
+        )
+
+    def _find(self, root: nn.Module, path: str, where: str = "the model") -> Any:
+        try:
+            return root.get_submodule(path)
+        except AttributeError:
+            raise EaptkError(
+                f"architecture entry {self.architecture.model_type!r}: {where} has no module {path!r}; "
+                f"compare the entry with the model's named_modules()"
+            ) from None
+
+    def norm_facts(self, norm: nn.Module) -> tuple[Tensor, float, bool]:
+        """Gain [D], ε, and whether the norm removes the mean."""
+        kind = self.architecture.norm
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        weight = getattr(norm, "weight", None)
+        if eps is None or not isinstance(weight, Tensor):
+            raise EaptkError(f"cannot read gain and ε of {type(norm).__name__} as a {kind!r} norm")
+        gain = weight.detach()
+        if kind == "rms_plus_one":
+            gain = gain.to(torch.promote_types(gain.dtype, torch.float32)) + 1
+        return gain, float(eps), kind == "layer"
+
+    def output_weight(self, layer: LayerSites) -> Tensor:
+        """[heads, head_dim, D]: the output projection's rows, by head."""
+        return _by_head(_matrix(layer.attention_output), self.graph.n_heads)
+
+    def branch_weight(self, layer: LayerSites, branch: str) -> Tensor:
+        """[heads, head_dim, D]: the rows that project the normed stream to queries, keys or values."""
+        module = {"q": layer.query, "k": layer.key, "v": layer.value}[branch]
+        return self._branch(_matrix(module).T, 0, branch)
+
+    def branch_values(self, projected: Tensor, branch: str) -> Tensor:
+        """[B, T, heads, head_dim]: one branch of a projection's output (or of the gradient there)."""
+        return self._branch(projected, projected.ndim - 1, branch)
+
+    def _branch(self, x: Tensor, axis: int, branch: str) -> Tensor:
+        index = "qkv".index(branch)
+        n_heads, n_kv_heads = self.graph.n_heads, self.graph.n_kv_heads
+        sizes = (n_heads, n_kv_heads, n_kv_heads)
+        if self.architecture.fused == "blocks":
+            head_dim = x.shape[axis] // sum(sizes)
+            x = x.narrow(axis, sum(sizes[:index]) * head_dim, sizes[index] * head_dim)
+        elif self.architecture.fused == "heads":
+            return x.unflatten(axis, (n_heads, 3, -1)).select(axis + 1, index)
+        return x.unflatten(axis, (sizes[index], -1))
+
+
+def _matrix(projection: nn.Module) -> Tensor:
+    """[in, out] weight of a plain linear map."""
+    weight = getattr(projection, "weight", None)
+    if isinstance(weight, Tensor) and torch.is_floating_point(weight):
+        if isinstance(projection, Conv1D):
+            return weight.detach()
+        shape = (getattr(projection, "out_features", None), getattr(projection, "in_features", None))
+        if isinstance(projection, nn.Linear) and tuple(weight.shape) == shape:
+            return weight.detach().T
+    raise EaptkError(
+        f"{type(projection).__name__} is no plain linear map: its weight cannot be split by head; load the "
+        f"model unquantised with adapters merged, or use granularity='block'"
+    )
+
+
+def _by_head(matrix: Tensor, n_heads: int) -> Tensor:
+    return matrix.unflatten(0, (n_heads, -1))

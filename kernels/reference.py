@@ -1,0 +1,219 @@
+"""The contraction in plain PyTorch: the CPU path, and the specification of every faster one.
+
+For sample b, source row s and destination row d:
+
+    S[b, s, d] = Σ_t ⟨G_d[t], O'_s[t] − O_s[t]⟩       over the sample's real tokens t
+
+with O_s = z_s·W_O^s where a source comes as heads, and G_d = ∂L/∂H_d through d alone. From the gradient
+u_d at the norm's output (u_d = g_d·W_d where it comes as heads), the norm's vector-Jacobian product is
+
+    RMSNorm:    G = v − x̂⟨v, x̂⟩/D,              v = ρ γ⊙u
+    LayerNorm:  G = v − x̂⟨v, x̂⟩/D − mean(v),    x̂ = (x − mean(x))ρ
+
+γ and the removal of the mean are linear in W_d's rows, so they are folded into the weights once.
+
+Tokens are taken in chunks whose expanded rows stay in cache: within a chunk every source is expanded
+once, then destinations group by group, and each group is one matrix product with the sources it reads.
+A group holds several layers to make that product worth its overhead; the few products with no edge
+that this costs are dropped when rows are packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operands import Destination, Source
+
+#: Elements of the scratch that holds one chunk's expanded rows: 12 MB in float32, about a last-level cache.
+SCRATCH = 3 * 2**20
+#: Fewest tokens a chunk holds, however wide the graph: below it the products degenerate to vector ones.
+MIN_TOKENS = 16
+#: Destination rows a group is filled up to.
+GROUP_ROWS = 32
+#: Partial products a chunk is split into, added in order: work for several threads, the same bits for any number.
+SPLIT = 8
+
+
+def contract(sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]) -> Tensor:
+    """Scores of every real edge of every sample.
+
+    Args:
+        sources: in order of writing; all with a replacement or none.
+        destinations: in order of reading; `reach` counts source rows and never decreases.
+        lengths: [B], how many leading tokens of each sample are real.
+
+    Returns:
+        [B, n_edges] float32 (float64 if any operand is), packed by destination: each destination row's
+        edges from its first source on.
+
+    Raises:
+        ValueError: shapes, devices or reaches do not fit together; the message names the operand.
+    """
+    _check(sources, destinations, lengths)
+    operands = [*(s.value for s in sources), *(d.gradient for d in destinations)]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+    device, width = operands[0].device, operands[0].shape[-1] if sources[0].weight is None else None
+    if width is None:
+        width = sources[0].weight.shape[-1]  # type: ignore[union-attr]
+
+    source_weights = [_source_weight(s, dtype) for s in sources]
+    destination_weights = [_destination_weight(d, dtype) for d in destinations]
+    groups = _groups(destinations)
+    n_sources = sum(s.rows for s in sources)
+    n_rows = max(group.rows for group in groups)
+    chunk = max(MIN_TOKENS, SCRATCH // ((n_sources + n_rows) * width))
+    chunk = min(chunk, max(lengths))
+
+    source_scratch = torch.empty(n_sources * chunk * width, dtype=dtype, device=device)
+    group_scratch = torch.empty(n_rows * chunk * width, dtype=dtype, device=device)
+    n_edges = sum(d.rows * d.reach for d in destinations)
+    scores = torch.empty(len(lengths), n_edges, dtype=dtype, device=device)
+    for b, length in enumerate(lengths):
+        sums = [torch.zeros(group.rows, group.reach, dtype=torch.float64, device=device) for group in groups]
+        for start in range(0, length, chunk):
+            tokens = slice(start, min(start + chunk, length))
+            n = tokens.stop - tokens.start
+            expanded = source_scratch[: n_sources * n * width].view(n_sources, n, width)
+            row = 0
+            for source, weight in zip(sources, source_weights, strict=True):
+                _expand_source(source, weight, b, tokens, expanded[row : row + source.rows])
+                row += source.rows
+            for group, total in zip(groups, sums, strict=True):
+                gradients = group_scratch[: group.rows * n * width].view(group.rows, n, width)
+                row = 0
+                for i in group.members:
+                    rows = gradients[row : row + destinations[i].rows]
+                    _expand_destination(destinations[i], destination_weights[i], b, tokens, rows)
+                    row += destinations[i].rows
+                total += _product(gradients, expanded[: group.reach])
+        column = 0
+        for group, total in zip(groups, sums, strict=True):
+            row = 0
+            for i in group.members:
+                rows, reach = destinations[i].rows, destinations[i].reach
+                block = scores[b, column : column + rows * reach].view(rows, reach)
+                block.copy_(total[row : row + rows, :reach])
+                row, column = row + rows, column + rows * reach
+    return scores if sources[0].replacement is not None else scores.neg_()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Consecutive destinations contracted in one product."""
+
+    members: range
+    rows: int
+    reach: int
+
+
+def _groups(destinations: Sequence[Destination]) -> list[_Group]:
+    groups: list[_Group] = []
+    first = rows = 0
+    for i, destination in enumerate(destinations):
+        rows += destination.rows
+        if rows >= GROUP_ROWS or i == len(destinations) - 1:
+            groups.append(_Group(range(first, i + 1), rows, destination.reach))
+            first, rows = i + 1, 0
+    return groups
+
+
+def _source_weight(source: Source, dtype: torch.dtype) -> Tensor | None:
+    if source.weight is None:
+        return None
+    weight = source.weight.to(dtype)
+    return weight if source.gain is None else weight * source.gain.to(dtype)
+
+
+def _destination_weight(destination: Destination, dtype: torch.dtype) -> Tensor | None:
+    if destination.weight is None:
+        return None
+    assert destination.norm is not None
+    weight = destination.weight.to(dtype) * destination.norm.gain.to(dtype)
+    return weight - weight.mean(-1, keepdim=True) if destination.norm.centred else weight
+
+
+def _expand_source(source: Source, weight: Tensor | None, b: int, tokens: slice, out: Tensor) -> None:
+    """Write O_s, or O'_s − O_s, of `tokens` into out [rows, t, D]."""
+    value = source.value[b, tokens].to(out.dtype)
+    if source.replacement is not None:
+        value = source.replacement.expand_as(source.value)[b, tokens].to(out.dtype) - value
+    if weight is None:
+        out[0].copy_(value)
+    else:
+        torch.bmm(value.transpose(0, 1), weight, out=out)
+
+
+def _expand_destination(destination: Destination, weight: Tensor | None, b: int, tokens: slice, out: Tensor) -> None:
+    """Write G_d of `tokens` into out [rows, t, D]."""
+    gradient, norm = destination.gradient[b, tokens].to(out.dtype), destination.norm
+    if norm is None:
+        out[0].copy_(gradient)
+        return
+    stream = norm.stream[b, tokens].to(out.dtype)
+    if norm.centred:
+        stream = stream - stream.mean(-1, keepdim=True)
+    rho = torch.rsqrt(stream.square().mean(-1, keepdim=True) + norm.eps)
+    normed = stream * rho
+    if weight is None:
+        torch.mul(gradient, rho * norm.gain.to(out.dtype), out=out[0])
+        if norm.centred:
+            out -= out.mean(-1, keepdim=True)
+    else:
+        torch.bmm((gradient * rho.unsqueeze(1)).transpose(0, 1), weight, out=out)
+    along = torch.linalg.vecdot(out, normed.unsqueeze(0))
+    out.addcmul_(along.unsqueeze(-1), normed.unsqueeze(0), value=-1 / normed.shape[-1])
+
+
+def _product(gradients: Tensor, expanded: Tensor) -> Tensor:
+    """[n_d, t, D] × [n_s, t, D] → [n_d, n_s], summed over tokens and width."""
+    inner = gradients[0].numel()
+    parts = SPLIT if inner % SPLIT == 0 else 1
+    left = gradients.view(len(gradients), parts, -1).transpose(0, 1)
+    right = expanded.reshape(len(expanded), parts, -1).permute(1, 2, 0)
+    return torch.bmm(left, right).sum(0, dtype=torch.float64)
+
+
+def _check(sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]) -> None:
+    if not sources or not destinations:
+        raise ValueError("a contraction needs at least one source and one destination")
+    batch, time = sources[0].value.shape[:2]
+    width = (sources[0].value if sources[0].weight is None else sources[0].weight).shape[-1]
+    device = sources[0].value.device
+    if len(lengths) != batch or not all(0 < length <= time for length in lengths):
+        raise ValueError(f"lengths {list(lengths)} do not fit {batch} samples of at most {time} tokens")
+    patched = sources[0].replacement is not None
+    n_sources = 0
+    for i, source in enumerate(sources):
+        _check_operand(f"source {i}", source.value, source.weight, (batch, time), width, device)
+        if (source.replacement is not None) != patched:
+            raise ValueError(f"source {i}: either every source has a replacement or none")
+        n_sources += source.rows
+    reach = 1
+    for i, destination in enumerate(destinations):
+        name = f"destination {i}"
+        _check_operand(name, destination.gradient, destination.weight, (batch, time), width, device)
+        if not reach <= destination.reach <= n_sources:
+            raise ValueError(f"{name}: reach {destination.reach} must not decrease nor exceed {n_sources} sources")
+        reach = destination.reach
+        if destination.weight is not None and destination.norm is None:
+            raise ValueError(f"{name}: a projection's weight needs the norm before it")
+        if destination.norm is not None:
+            _check_operand(f"{name}'s stream", destination.norm.stream, None, (batch, time), width, device)
+
+
+def _check_operand(
+    name: str, value: Tensor, weight: Tensor | None, lead: tuple[int, int], width: int, device: torch.device
+) -> None:
+    tail = (width,) if weight is None else tuple(weight.shape[:2])
+    if tuple(value.shape) != (*lead, *tail) or (weight is not None and weight.shape[-1] != width):
+        shape = None if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"{name}: shape {tuple(value.shape)} with weight {shape} does not fit {lead[0]} samples, "
+            f"{lead[1]} tokens, width {width}"
+        )
+    if value.device != device or (weight is not None and weight.device != device):
+        raise ValueError(f"{name}: on {value.device}, the first source on {device}")
