@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eaptk.batch import Batch
 from eaptk.graph import Graph, Node
 
 #: The loss of one sample: logits [T, V] to a scalar.
@@ -323,3 +325,47 @@ def kl(targets: Tensor, clean_logits: Tensor) -> SampleLoss:
         return (clean.exp() * (clean - logits[at].log_softmax(-1))).sum(-1).mean()
 
     return loss
+
+
+def batch_scores(
+    model: nn.Module,
+    batch: Batch,
+    graph: Graph,
+    ablation: str = "zero",
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "nll",
+    means: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """[B, n_sources, n_destinations] by `scores`, one sample after the other.
+
+    Args:
+        loss: one of the names `attribute` knows, or of (logits [T, V], targets [T]).
+    """
+    rows = []
+    for b, length in enumerate(batch.lengths.tolist()):
+        ids, targets = batch.ids[b, :length], batch.targets[b, :length]
+        corrupt = None if batch.corrupt_ids is None else batch.corrupt_ids[b, :length]
+        replacement = {"zero": None, "mean": means}.get(ablation)
+        if ablation == "patching":
+            replacement = record(model, corrupt, graph)
+        if loss == "kl":
+            # KL has no slope on the clean run itself: the perturbed run is the corrupted one.
+            clean_logits = run(model, ids).detach()
+            clean = record(model, ids, graph)
+            towards_clean = scores(model, corrupt, kl(targets, clean_logits), graph, clean)
+            rows.append(-towards_clean)
+            continue
+        if loss == "nll":
+            sample_loss = nll(targets)
+        elif loss == "logit_diff":
+            sample_loss = logit_difference(targets, batch.foils[b, :length])
+        else:
+            sample_loss = partial(loss, targets=targets)
+        rows.append(scores(model, ids, sample_loss, graph, replacement))
+    return torch.stack(rows)
+
+
+def mean_written(model: nn.Module, batch: Batch, graph: Graph) -> dict[str, Tensor]:
+    """By source, the mean [D] of what it writes over all real tokens of the batch."""
+    sequences = [ids[:length] for ids, length in zip(batch.ids, batch.lengths.tolist(), strict=True)]
+    written = [record(model, ids, graph) for ids in sequences]
+    return {name: torch.cat([w[name] for w in written]).mean(0) for name in written[0]}
