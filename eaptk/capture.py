@@ -77,7 +77,9 @@ class Capture:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._hooks.close()
 
     def sources(self, replacements: Mapping[str, Tensor] | None = None) -> list[Source]:
@@ -107,10 +109,14 @@ class Capture:
             if graph.qkv == "split":
                 for branch in _BRANCHES:
                     weight = self.sites.branch_weight(layer, branch) if by_head else None
-                    operands.append(Destination(self.gradients[f"a{index}<{branch}>"], attention, weight, norm))
+                    operands.append(
+                        Destination(self.gradients[f"a{index}<{branch}>"], attention, weight, norm)
+                    )
             else:
                 operands.append(Destination(self.gradients[f"a{index}"], attention, norm=norm))
-            operands.append(Destination(self.gradients[f"m{index}"], mlp, norm=norm if layer.shared_norm else None))
+            operands.append(
+                Destination(self.gradients[f"m{index}"], mlp, norm=norm if layer.shared_norm else None)
+            )
         operands.append(Destination(self.gradients["logits"], reach["logits", graph.n_layers]))
         return operands
 
@@ -127,7 +133,9 @@ class Capture:
         else:
             self._before(layer.attention_output, self._read_heads(f"a{index}"))
             if layer.attention_post_norm is not None:
-                self._before(layer.attention_post_norm, self._scale_heads(f"a{index}", layer.attention_post_norm))
+                self._before(
+                    layer.attention_post_norm, self._scale_heads(f"a{index}", layer.attention_post_norm)
+                )
         self._after(layer.mlp_write, self._read_output(f"m{index}"))
 
     def _hook_destinations(self, index: int, layer: LayerSites) -> None:
@@ -208,7 +216,7 @@ class Capture:
                 yield self.gradients[key]
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Any:
-            return _SplitBackward.apply(args[0], output.detach(), branches)
+            return _SplitBackward.apply(args[0], output.detach(), branches)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -242,7 +250,9 @@ class Capture:
         # input it is: each head's share of what is added is its output times that scale and the gain.
         _, eps, centred = self.sites.norm_facts(norm)
         if centred:
-            raise EaptkError("a LayerNorm after the attention block cannot be shared out among heads; use 'block'")
+            raise EaptkError(
+                "a LayerNorm after the attention block cannot be shared out among heads; use 'block'"
+            )
 
         def scale(summed: Tensor) -> None:
             summed = summed.detach().to(torch.promote_types(summed.dtype, torch.float32))
@@ -259,7 +269,9 @@ class _SplitBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, output: Tensor, branches: Callable[[Tensor], Iterator[Tensor]]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, output: Tensor, branches: Callable[[Tensor], Iterator[Tensor]]
+    ) -> Tensor:
         ctx.branches = branches
         return output.view_as(output)
 

@@ -34,7 +34,9 @@ def mean_by_sample(values: Tensor, batch: Batch) -> Tensor:
 def nll(logits: Tensor, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the targets; logits [N, V] at the loss positions."""
     targets = batch.targets.flatten()[loss_positions(batch)]
-    return mean_by_sample(torch.nn.functional.cross_entropy(_upcast(logits), targets, reduction="none"), batch)
+    return mean_by_sample(
+        torch.nn.functional.cross_entropy(_upcast(logits), targets, reduction="none"), batch
+    )
 
 
 def logit_diff(logits: Tensor, batch: Batch) -> Tensor:
@@ -44,7 +46,9 @@ def logit_diff(logits: Tensor, batch: Batch) -> Tensor:
         EaptkError: the batch has no foils.
     """
     if batch.foils is None:
-        raise EaptkError("loss 'logit_diff' contrasts the answer with a foil: give every sample `foil` or `foil_ids`")
+        raise EaptkError(
+            "loss 'logit_diff' contrasts the answer with a foil: give every sample `foil` or `foil_ids`"
+        )
     positions = loss_positions(batch)
     chosen = torch.stack([batch.foils.flatten()[positions], batch.targets.flatten()[positions]], dim=1)
     foil, target = _upcast(logits.gather(1, chosen)).unbind(1)

@@ -50,13 +50,17 @@ class Sites:
         if graph != expected:
             raise EaptkError(f"the graph does not fit the model: it has {graph}, the model {expected}")
         self.graph = graph
-        self.layers = [self._layer(block, i) for i, block in enumerate(self._find(model, self.architecture.layers))]
+        self.layers = [
+            self._layer(block, i) for i, block in enumerate(self._find(model, self.architecture.layers))
+        ]
         if len(self.layers) != graph.n_layers:
             raise EaptkError(f"the config says {graph.n_layers} layers, the model has {len(self.layers)}")
         self.final_norm: nn.Module = self._find(model, self.architecture.final_norm)
         self.unembedding = model.get_output_embeddings()  # type: ignore[operator]
         if self.unembedding is None:
-            raise EaptkError(f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM")
+            raise EaptkError(
+                f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM"
+            )
 
     def _layer(self, block: nn.Module, index: int) -> LayerSites:
         entry: Architecture = self.architecture
@@ -122,11 +126,13 @@ class Sites:
 def _matrix(projection: nn.Module) -> Tensor:
     """[in, out] weight of a plain linear map."""
     weight = getattr(projection, "weight", None)
+    # By the forward it runs, not by its class: quantised and adapted projections subclass nn.Linear.
+    forward = type(projection).forward
     if isinstance(weight, Tensor) and torch.is_floating_point(weight):
-        if isinstance(projection, Conv1D):
+        if forward is Conv1D.forward:
             return weight.detach()
         shape = (getattr(projection, "out_features", None), getattr(projection, "in_features", None))
-        if isinstance(projection, nn.Linear) and tuple(weight.shape) == shape:
+        if forward is nn.Linear.forward and tuple(weight.shape) == shape:
             return weight.detach().T
     raise EaptkError(
         f"{type(projection).__name__} is no plain linear map: its weight cannot be split by head; load the "

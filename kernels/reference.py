@@ -38,7 +38,9 @@ GROUP_ROWS = 32
 SPLIT = 8
 
 
-def contract(sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]) -> Tensor:
+def contract(
+    sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]
+) -> Tensor:
     """Scores of every real edge of every sample.
 
     Args:
@@ -56,20 +58,18 @@ def contract(sources: Sequence[Source], destinations: Sequence[Destination], len
     _check(sources, destinations, lengths)
     operands = [*(s.value for s in sources), *(d.gradient for d in destinations)]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
-    device, width = operands[0].device, operands[0].shape[-1] if sources[0].weight is None else None
-    if width is None:
-        width = sources[0].weight.shape[-1]  # type: ignore[union-attr]
+    device, width = operands[0].device, _width(sources[0])
 
     source_weights = [_source_weight(s, dtype) for s in sources]
     destination_weights = [_destination_weight(d, dtype) for d in destinations]
     groups = _groups(destinations)
     n_sources = sum(s.rows for s in sources)
-    n_rows = max(group.rows for group in groups)
-    chunk = max(MIN_TOKENS, SCRATCH // ((n_sources + n_rows) * width))
+    group_rows = max(group.rows for group in groups)
+    chunk = max(MIN_TOKENS, SCRATCH // ((n_sources + group_rows) * width))
     chunk = min(chunk, max(lengths))
 
     source_scratch = torch.empty(n_sources * chunk * width, dtype=dtype, device=device)
-    group_scratch = torch.empty(n_rows * chunk * width, dtype=dtype, device=device)
+    group_scratch = torch.empty(group_rows * chunk * width, dtype=dtype, device=device)
     n_edges = sum(d.rows * d.reach for d in destinations)
     scores = torch.empty(len(lengths), n_edges, dtype=dtype, device=device)
     for b, length in enumerate(lengths):
@@ -94,10 +94,10 @@ def contract(sources: Sequence[Source], destinations: Sequence[Destination], len
         for group, total in zip(groups, sums, strict=True):
             row = 0
             for i in group.members:
-                rows, reach = destinations[i].rows, destinations[i].reach
-                block = scores[b, column : column + rows * reach].view(rows, reach)
-                block.copy_(total[row : row + rows, :reach])
-                row, column = row + rows, column + rows * reach
+                n_rows, reach = destinations[i].rows, destinations[i].reach
+                block = scores[b, column : column + n_rows * reach].view(n_rows, reach)
+                block.copy_(total[row : row + n_rows, :reach])
+                row, column = row + n_rows, column + n_rows * reach
     return scores if sources[0].replacement is not None else scores.neg_()
 
 
@@ -108,6 +108,10 @@ class _Group:
     members: range
     rows: int
     reach: int
+
+
+def _width(source: Source) -> int:
+    return (source.value if source.weight is None else source.weight).shape[-1]
 
 
 def _groups(destinations: Sequence[Destination]) -> list[_Group]:
@@ -147,7 +151,9 @@ def _expand_source(source: Source, weight: Tensor | None, b: int, tokens: slice,
         torch.bmm(value.transpose(0, 1), weight, out=out)
 
 
-def _expand_destination(destination: Destination, weight: Tensor | None, b: int, tokens: slice, out: Tensor) -> None:
+def _expand_destination(
+    destination: Destination, weight: Tensor | None, b: int, tokens: slice, out: Tensor
+) -> None:
     """Write G_d of `tokens` into out [rows, t, D]."""
     gradient, norm = destination.gradient[b, tokens].to(out.dtype), destination.norm
     if norm is None:
@@ -181,7 +187,7 @@ def _check(sources: Sequence[Source], destinations: Sequence[Destination], lengt
     if not sources or not destinations:
         raise ValueError("a contraction needs at least one source and one destination")
     batch, time = sources[0].value.shape[:2]
-    width = (sources[0].value if sources[0].weight is None else sources[0].weight).shape[-1]
+    width = _width(sources[0])
     device = sources[0].value.device
     if len(lengths) != batch or not all(0 < length <= time for length in lengths):
         raise ValueError(f"lengths {list(lengths)} do not fit {batch} samples of at most {time} tokens")
@@ -197,7 +203,9 @@ def _check(sources: Sequence[Source], destinations: Sequence[Destination], lengt
         name = f"destination {i}"
         _check_operand(name, destination.gradient, destination.weight, (batch, time), width, device)
         if not reach <= destination.reach <= n_sources:
-            raise ValueError(f"{name}: reach {destination.reach} must not decrease nor exceed {n_sources} sources")
+            raise ValueError(
+                f"{name}: reach {destination.reach} must not decrease nor exceed {n_sources} sources"
+            )
         reach = destination.reach
         if destination.weight is not None and destination.norm is None:
             raise ValueError(f"{name}: a projection's weight needs the norm before it")

@@ -1,0 +1,270 @@
+"""What must hold on any model, checked on the user's own: identities that a wrong entry or hook would break.
+
+1. Sources rebuild the stream: the outputs written before a destination add up to what it reads.
+2. Column sums: Σ_s I(s→d) = −Σ_t ⟨∇_{H_d}, H_d⟩. Norms do not see their input's scale (up to ε), so both vanish.
+3. Splits add up: heads to their block, and q + k + v to the merged destination.
+4. Direct perturbation: scale one source by 1 − ε where one destination reads it, in the forward pass;
+   dL/dε at 0 is the edge's score. Shares nothing with the hooks that read gradients.
+5. Linear in the loss, and no matter which batch a sample is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eaptk import losses
+from eaptk.attribution import attribute, forward
+from eaptk.batch import Batch, Sample, collate
+from eaptk.capture import Capture, frozen
+from eaptk.graph import Graph, Node
+from eaptk.kernels import Source, contract
+from eaptk.sites import Sites
+
+#: Largest relative error that passes. In half precision the model's own rounding is all that is seen.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
+
+
+#: Name of an identity, relative error, and where that is worst.
+Finding = tuple[str, float, str]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity's outcome: `error` is a relative Frobenius norm, `where` the node or edge it is worst at."""
+
+    name: str
+    error: float
+    tolerance: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def check(
+    model: nn.Module, samples: Sequence[Sample] | None = None, *, n_edges: int = 12, seed: int = 0
+) -> list[Check]:
+    """Run the identities on `model`.
+
+    Args:
+        model: a Hugging Face causal LM.
+        samples: what to run them on; default: a few of random tokens.
+        n_edges: how many random edges a granularity to perturb directly (a forward and backward pass each).
+        seed: of the random tokens and edges.
+    """
+    tolerance = TOLERANCE[next(model.parameters()).dtype]
+    random = np.random.default_rng(seed)
+    samples = list(samples or _random_samples(model.get_input_embeddings().weight.shape[0], random))  # type: ignore[operator]
+    batch = collate(samples).to(next(model.parameters()).device)
+    graphs = {
+        (granularity, qkv): Graph.from_model(model, granularity, qkv)
+        for granularity in ("block", "head")
+        for qkv in ("split", "merged")
+    }
+    rows = {key: attribute(model, batch, graph).rows for key, graph in graphs.items()}
+    found: list[Finding] = []
+    with frozen(model):
+        sites = Sites(model, graphs["block", "split"])
+        with _streams(sites) as streams, torch.enable_grad(), Capture(sites, gradients=True) as run:
+            loss = losses.nll(forward(model, sites, batch), batch)
+            assert run.root is not None
+            torch.autograd.grad(loss.sum(), run.root)
+        found.append(_streams_rebuilt(sites, batch, run, streams))
+        found.append(_column_sums(sites, batch, run, streams, rows["block", "split"]))
+        folded = _fold(rows["block", "split"], graphs["block", "split"], graphs["block", "merged"])
+        found.append(("q + k + v equal merged", _error(folded, rows["block", "merged"]), "all edges"))
+        folded = _fold(rows["head", "split"], graphs["head", "split"], graphs["block", "split"])
+        folded += _head_biases(sites, batch, run)
+        found.append(("heads add up to blocks", _error(folded, rows["block", "split"]), "all edges"))
+        for granularity in ("block", "head"):
+            graph = graphs[granularity, "split"]
+            columns = random.choice(graph.n_edges, min(n_edges, graph.n_edges), replace=False)
+            found.append(
+                _perturbed(model, Sites(model, graph), batch, rows[granularity, "split"], columns.tolist())
+            )
+    graph = graphs["block", "split"]
+    doubled = attribute(model, batch, graph, loss=_doubled_nll).rows
+    found.append(("linear in the loss", _error(doubled, 2 * rows["block", "split"]), "all edges"))
+    alone = torch.cat([attribute(model, collate([sample]), graph).rows for sample in samples])
+    found.append(("same alone as in a batch", _error(alone, rows["block", "split"]), "all edges"))
+    return [Check(name, error, tolerance, where) for name, error, where in found]
+
+
+def _random_samples(vocabulary: int, random: np.random.Generator) -> list[Sample]:
+    lengths = ((12, 5), (7, 9), (16, 3))
+    tokens = [tuple(random.integers(0, vocabulary, sum(pair)).tolist()) for pair in lengths]
+    return [
+        Sample(id=f"random-{i}", prompt_ids=ids[:n], answer_ids=ids[n:])
+        for i, (ids, (n, _)) in enumerate(zip(tokens, lengths, strict=True))
+    ]
+
+
+def _doubled_nll(logits: Tensor, batch: Batch) -> Tensor:
+    return 2 * losses.nll(logits.flatten(0, 1)[losses.loss_positions(batch)], batch)
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    scale = expected.norm().item()
+    return (got - expected).norm().item() / scale if scale else float("inf")
+
+
+def _streams_rebuilt(sites: Sites, batch: Batch, run: Capture, streams: dict[Node, Tensor]) -> Finding:
+    real = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).to(batch.ids.device)
+    values = [value.double() for value in run.values.values()]
+    worst, where = 0.0, "every stream"
+    for node, stream in streams.items():
+        rebuilt = torch.stack(values[: sites.graph.sources_before(node)]).sum(0)
+        error = _error(rebuilt[real], stream[real])
+        if error > worst:
+            worst, where = error, f"read by {node.name}"
+    return "sources rebuild the stream", worst, where
+
+
+def _column_sums(
+    sites: Sites, batch: Batch, run: Capture, streams: dict[Node, Tensor], rows: Tensor
+) -> Finding:
+    graph = sites.graph
+    differences, sizes = [], []
+    for index, (node, destination) in enumerate(zip(graph.destinations, run.destinations(), strict=True)):
+        whole = contract([Source(streams[node])], [replace(destination, reach=1)], batch.lengths.tolist())
+        column = rows[:, graph.offset[index] : graph.offset[index + 1]].double()
+        differences.append((column.sum(1) - whole[:, 0].cpu()).norm().item())
+        sizes.append(column.abs().sum(1).norm().item())
+    worst = int(np.argmax(differences))
+    # Both sums are near zero, so the largest column of |scores| is the scale to judge them by.
+    return "column sums equal the stream's", differences[worst] / max(sizes), graph.destinations[worst].name
+
+
+def _head_biases(sites: Sites, batch: Batch, run: Capture) -> Tensor:
+    """[B, n_edges]: the part of each block's score that is its output projection's bias, which no head wrote."""
+    graph = sites.graph
+    scores = torch.zeros(len(batch), graph.n_edges, dtype=torch.float64)
+    destinations = [replace(destination, reach=1) for destination in run.destinations()]
+    for index, layer in enumerate(sites.layers):
+        bias = getattr(layer.attention_output, "bias", None)
+        if bias is None or layer.attention_post_norm is not None:
+            continue
+        written = Source(bias.detach().expand_as(run.values[f"a{index}"]))
+        columns = contract([written], destinations, batch.lengths.tolist()).double().cpu()
+        source = [node.name for node in graph.sources].index(f"a{index}")
+        for d in (graph.reach > source).nonzero()[0]:
+            scores[:, graph.offset[d] + source] = columns[:, d]
+    return scores
+
+
+def _fold(rows: Tensor, fine: Graph, coarse: Graph) -> Tensor:
+    """Add up rows of `fine` into the edges of `coarse` that they split: heads into blocks, branches into one."""
+
+    def parent(node: Node, names: set[str]) -> str:
+        whole = replace(node, head=None)
+        return whole.name if whole.name in names else replace(whole, branch=None).name
+
+    sources = {node.name for node in coarse.sources}
+    destinations = {node.name for node in coarse.destinations}
+    columns = [
+        coarse.column(parent(fine.sources[s], sources), parent(fine.destinations[d], destinations))
+        for s, d in zip(fine.edge_source, fine.edge_destination, strict=True)
+    ]
+    folded = torch.zeros(len(rows), coarse.n_edges, dtype=torch.float64)
+    return folded.index_add_(1, torch.tensor(columns), rows.double())
+
+
+def _perturbed(model: nn.Module, sites: Sites, batch: Batch, rows: Tensor, columns: Sequence[int]) -> Finding:
+    with torch.no_grad(), Capture(sites, gradients=False) as capture:
+        forward(model, sites, batch)
+    written = [_written(source, row) for source in capture.sources() for row in range(source.rows)]
+    derivatives = []
+    for column in columns:
+        node = sites.graph.destinations[sites.graph.edge_destination[column]]
+        epsilon = torch.zeros(
+            len(batch), 1, 1, dtype=written[0].dtype, device=written[0].device, requires_grad=True
+        )
+        change = epsilon * written[sites.graph.edge_source[column]]
+        with torch.enable_grad(), _reading_less(sites, node, change):
+            loss = losses.nll(forward(model, sites, batch), batch)
+        derivatives.append(torch.autograd.grad(loss.sum(), epsilon)[0].flatten().cpu())
+    expected = torch.stack(derivatives, dim=1).double()
+    got = rows[:, columns].double()
+    worst = int((got - expected).norm(dim=0).argmax())
+    name = f"direct perturbation, {sites.graph.granularity} level"
+    return name, _error(got, expected), sites.graph.edge_name(columns[worst])
+
+
+def _written(source: Source, row: int) -> Tensor:
+    """[B, T, D]: what one row of a source operand added to the stream."""
+    if source.weight is None:
+        return source.value
+    weight = source.weight[row] if source.gain is None else source.weight[row] * source.gain
+    return source.value[..., row, :].to(weight.dtype) @ weight
+
+
+@contextmanager
+def _reading_less(sites: Sites, node: Node, change: Tensor) -> Iterator[None]:
+    """Let `node` alone read the stream minus `change`; everything else reads the stream as it is."""
+    layer = sites.layers[node.layer] if node.kind != "logits" else None
+    norm = _norm_before(sites, node)
+    normed: list[Tensor] = []
+
+    def through_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        normed.append(norm.forward(args[0] - change.to(args[0].dtype)))
+
+    def whole(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (normed[0], *args[1:])
+
+    def some_heads(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        mine = torch.zeros_like(output, dtype=torch.bool)
+        assert node.branch is not None
+        branch = sites.branch_values(mine, node.branch)
+        (branch if node.head is None else branch[..., node.head, :]).fill_(True)
+        return torch.where(mine, module.forward(normed[0]), output)
+
+    hooks = [norm.register_forward_pre_hook(through_norm)]
+    if layer is not None and node.kind == "attention":
+        projection = {"q": layer.query, "k": layer.key, "v": layer.value}[node.branch or "q"]
+        hooks.append(projection.register_forward_hook(some_heads))
+    elif layer is not None and layer.shared_norm:
+        hooks.append(layer.mlp_read.register_forward_pre_hook(whole))
+    else:
+        hooks.append(norm.register_forward_hook(lambda module, args, output: normed[0]))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _streams(sites: Sites) -> Iterator[dict[Node, Tensor]]:
+    """The residual stream that each destination reads, filled in by a forward pass inside."""
+    streams: dict[Node, Tensor] = {}
+
+    def read(node: Node) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            streams[node] = args[0].detach()
+
+        return hook
+
+    hooks = []
+    for node in sites.graph.destinations:
+        hooks.append(_norm_before(sites, node).register_forward_pre_hook(read(node)))
+    try:
+        yield streams
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _norm_before(sites: Sites, node: Node) -> nn.Module:
+    if node.kind == "logits":
+        return sites.final_norm
+    layer = sites.layers[node.layer]
+    return layer.attention_norm if node.kind == "attention" else layer.mlp_norm
