@@ -28,9 +28,16 @@ import pyarrow as pa
 from eaptk.batch import Sample
 from eaptk.errors import EaptkError
 
-#: Columns of samples.parquet that eaptk fills, and that user columns may therefore not be called.
-RESERVED = ("n_prompt_tokens", "n_answer_tokens", "loss")
 _FIELDS = ("prompt", "answer", "corrupt", "foil")
+#: Columns of samples.parquet that eaptk fills, and that user columns may therefore not be called.
+_FILLED = {
+    "id",
+    "group",
+    "n_prompt_tokens",
+    "n_answer_tokens",
+    "loss",
+    *(f"{field}_ids" for field in _FIELDS),
+}
 
 
 def read_samples(
@@ -78,6 +85,8 @@ def read_samples(
                 f"use `group` to tie samples of one question together"
             )
         seen[sample.id] = where
+        if clash := _FILLED.intersection(sample.extra):
+            raise EaptkError(f"{where}: {min(clash)!r} is a column that eaptk fills itself; rename it")
         _check_tokens(sample, where, vocabulary, own_answers is not None)
         if cut is not None:
             sample = _cut(sample, max(int(cut), 1))
@@ -128,8 +137,6 @@ def samples_table(samples: Sequence[Sample]) -> pa.Table:
         if any(getattr(s, name) is not None for s in samples):
             columns[name] = pa.array([getattr(s, name) for s in samples], tokens)
     for name in dict.fromkeys(name for s in samples for name in s.extra):
-        if name in columns or name in RESERVED:
-            raise EaptkError(f"samples have a column {name!r}, which eaptk fills itself; rename it")
         columns[name] = _user_column([s.extra.get(name) for s in samples])
     return pa.table(columns)
 

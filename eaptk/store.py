@@ -6,8 +6,9 @@
     scores.npy        [n_samples, n_edges] float32 or float16, C order
     done.npy          [n_samples] uint8: 1 where the row is complete and on disk
 
-While a run is going there are also ``loss.npy`` [n_samples] float64 (folded into samples.parquet at the end)
-and, for answers of the model's own, ``answers.jsonl`` until samples.parquet holds them all.
+A run with mean ablation keeps its means.safetensors. While a run is going there are also ``loss.npy``
+[n_samples] float64 (folded into samples.parquet at the end) and, for answers of the model's own,
+``answers.jsonl`` until samples.parquet holds them all.
 
 What makes every moment a safe one to be killed in:
 
@@ -282,6 +283,7 @@ class RunWriter:
         self.commit()
         if not self.done.all():
             raise ValueError(f"{(~self.done).sum()} rows of {self.path} were never written")
+        (self.path / "answers.jsonl").unlink(missing_ok=True)  # a kill within `begin` leaves it
         losses = self.path / "loss.npy"
         if losses.exists():
             loss = np.array(map_array(losses, (self.n_samples,), np.dtype(np.float64)))

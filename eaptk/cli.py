@@ -1,0 +1,269 @@
+"""The command line. Only standard modules, typer and rich load with it: torch and transformers take seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from eaptk.errors import EaptkError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from eaptk.graph import Graph
+    from eaptk.store import Run
+
+app = typer.Typer(
+    name="eaptk",
+    help="Edge Attribution Patching: every edge of every sample of a Hugging Face language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (or EAPTK_DEBUG=1).")
+    ] = False,
+) -> None:
+    """Edge Attribution Patching: every edge of every sample of a Hugging Face language model."""
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Option(help="Folder of a checkpoint, or its name on the hub.")],
+    data: Annotated[
+        str, typer.Option(help="JSONL file, folder of a dataset, or its name on the hub (name:split).")
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to write, or to resume.")],
+    granularity: Annotated[
+        Literal["block", "head"], typer.Option(help="A node per block, or per head.")
+    ] = "block",
+    qkv: Annotated[
+        Literal["split", "merged"],
+        typer.Option(help="Queries, keys and values as three destinations, or one."),
+    ] = "split",
+    ablation: Annotated[
+        Literal["zero", "patching", "mean"],
+        typer.Option(
+            help="What takes the place of a source: nothing, a corrupt prompt's, or the dataset's mean."
+        ),
+    ] = "zero",
+    loss: Annotated[
+        Literal["nll", "self-nll", "logit-diff", "kl"],
+        typer.Option(
+            help="On the given answers, the model's own greedy ones, answer against foil, or KL to clean."
+        ),
+    ] = "nll",
+    cut: Annotated[int | None, typer.Option(help="Score at most this many tokens of an answer.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer of the model's own (self-nll).")] = 256,
+    tokens_per_batch: Annotated[int, typer.Option(help="Tokens of a batch: memory against speed.")] = 2048,
+    row_dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="How scores are stored.")
+    ] = "float32",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights; default: as saved."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda if there is one.")
+    ] = None,
+    attention: Annotated[
+        Literal["sdpa", "eager"] | None, typer.Option(help="Attention implementation.")
+    ] = None,
+) -> None:
+    """Score every edge for every sample. The same command again resumes a run that was stopped.
+
+    Records of the data have "prompt" and "answer" as text, or "prompt_ids" and "answer_ids" as tokens; optional
+    "id", "group", "corrupt" (patching) and "foil" (logit-diff). Other fields are carried along.
+
+    Examples:
+
+      eaptk score --model Qwen/Qwen2.5-0.5B --data questions.jsonl --out runs/base
+
+      eaptk score --model checkpoints/rl --data questions.jsonl --out runs/rl --loss self-nll --cut 32
+
+      eaptk score --model gpt2 --data pairs.jsonl --out runs/ioi --granularity head --ablation patching
+    """
+    started = time.monotonic()
+    try:
+        _quiet_transformers()
+        from eaptk.run import score as score_dataset
+
+        run = score_dataset(
+            model,
+            data,
+            out,
+            granularity=granularity,
+            qkv=qkv,
+            ablation=ablation,
+            loss=loss.replace("-", "_"),  # type: ignore[arg-type]
+            cut=cut,
+            max_new_tokens=max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
+            row_dtype=row_dtype,
+            limit=limit,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"eaptk: stopped; finished rows are kept in {out}, the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    print(
+        f"{out}: {run.n_samples} samples × {run.graph.n_edges} edges, "
+        f"mean loss {run.loss.mean():.4g}, {time.monotonic() - started:.1f} s"
+    )
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        str, typer.Argument(help="A run directory, or a model's folder or name.", metavar="RUN|MODEL")
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many of a run's strongest edges to show.")] = 10,
+) -> None:
+    """Show what a run holds and its strongest edges, or a model's graph.
+
+    Examples:
+
+      eaptk inspect runs/rl --top 20
+
+      eaptk inspect Qwen/Qwen2.5-0.5B
+    """
+    from rich.console import Console
+
+    console = Console()
+    if (Path(target) / "manifest.json").exists():
+        from eaptk.store import Run
+
+        run = Run.open(target)
+        console.print(_run_facts(run))
+        if run.done.any():
+            console.print(_strongest(run, top))
+    else:
+        _quiet_transformers()
+        from eaptk.graph import Graph
+        from eaptk.loading import load_config
+
+        config = load_config(target)
+        graphs = [Graph.from_config(config, granularity) for granularity in ("block", "head")]  # type: ignore[arg-type]
+        console.print(_graph_facts(target, config, graphs))
+
+
+def _run_facts(run: Run) -> Table:
+    facts, method, done = run.manifest, run.manifest["provenance"], run.done
+    samples = run.samples
+    n_prompt, n_answer = (int(sum(samples[f"n_{part}_tokens"].to_pylist())) for part in ("prompt", "answer"))
+    n_done = int(done.sum())
+    table = _facts(str(run.path))
+    table.add_row("model", f"{facts['model']['id']} ({facts['model']['type']}, {facts['model']['dtype']})")
+    table.add_row("weights", facts["model"]["weights"])
+    table.add_row("data", method["data"])
+    table.add_row("graph", f"{facts['graph']['granularity']}, q/k/v {facts['graph']['qkv']}")
+    table.add_row(
+        "edges",
+        f"{run.graph.n_edges:,} ({run.graph.n_sources} sources, {run.graph.n_destinations} destinations)",
+    )
+    table.add_row(
+        "method",
+        f"{facts['ablation']} ablation, loss {facts['loss']}"
+        + (f", cut {facts['cut']}" if facts["cut"] else ""),
+    )
+    table.add_row("rows", f"{n_done:,} of {run.n_samples:,} done, {facts['row_dtype']}")
+    table.add_row("tokens", f"{n_prompt:,} of prompts, {n_answer:,} of answers")
+    if n_done:
+        table.add_row("mean loss", f"{run.loss[done == 1].mean():.6g}")
+    table.add_row("command", method["command"])
+    table.add_row("started", method["started"])
+    return table
+
+
+def _strongest(run: Run, top: int) -> Table:
+    """Edges by mean |W| over the rows that are done, some rows at a time."""
+    import numpy as np
+    from rich.table import Table
+
+    rows = np.flatnonzero(run.done)
+    strength, mean = np.zeros((2, run.graph.n_edges))
+    for part in np.array_split(rows, -(-len(rows) // 256)):
+        scores = np.asarray(run.scores[part], dtype=np.float64)
+        strength += np.abs(scores).sum(0)
+        mean += scores.sum(0)
+    table = Table(title="strongest edges", title_justify="left")
+    table.add_column("edge")
+    table.add_column("mean |W|", justify="right")
+    table.add_column("mean W", justify="right")
+    for column in np.argsort(-strength, kind="stable")[:top]:
+        table.add_row(
+            run.graph.edge_name(int(column)),
+            f"{strength[column] / len(rows):.4e}",
+            f"{mean[column] / len(rows):+.4e}",
+        )
+    return table
+
+
+def _graph_facts(name: str, config: Any, graphs: list[Graph]) -> Table:
+    from rich.table import Table
+
+    first = graphs[0]
+    kind = "parallel" if first.parallel else "serial"
+    table = Table(
+        title=f"{name}: {config.model_type}, {first.n_layers} {kind} layers, width {config.hidden_size}, "
+        f"{first.n_heads} query and {first.n_kv_heads} key/value heads",
+        title_justify="left",
+    )
+    for heading in ("granularity", "sources", "destinations", "edges", "bytes a row"):
+        table.add_column(heading, justify="left" if heading == "granularity" else "right")
+    for graph in graphs:
+        numbers = (graph.n_sources, graph.n_destinations, graph.n_edges, 4 * graph.n_edges)
+        table.add_row(graph.granularity, *(f"{number:,}" for number in numbers))
+    return table
+
+
+def _facts(title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _quiet_transformers() -> None:
+    """Standard error is for eaptk's own bar and its one line of error."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; every error ends as one line and an exit code: 1, or 2 for wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments or os.environ.get("EAPTK_DEBUG", "0") not in ("", "0")
+    try:
+        app([argument for argument in arguments if argument != "--debug"], prog_name="eaptk")
+    except EaptkError as error:
+        _fail(str(error), debug)
+    except Exception as error:
+        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", debug)
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        raise
+    print(f"eaptk: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,352 @@
+"""A whole dataset through `attribute` into a run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import eaptk
+from eaptk.attribution import ABLATIONS, Ablation, attribute, source_means
+from eaptk.batch import Sample, collate
+from eaptk.dataset import plan_batches, read_samples, samples_table
+from eaptk.errors import EaptkError
+from eaptk.files import explained, read_table, whole_file
+from eaptk.generate import greedy_answers
+from eaptk.graph import Granularity, Graph, Qkv
+from eaptk.loading import (
+    config_fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_unsupported,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from eaptk.losses import LossFunction, LossName
+from eaptk.store import Run, RunWriter
+
+RunLoss = LossName | Literal["self_nll"] | LossFunction
+RowDtype = Literal["float32", "float16"]
+LOSSES = ("nll", "self_nll", "logit_diff", "kl")
+
+#: Told how many more tokens are done.
+_Advance = Callable[[int], None]
+
+
+def score(
+    model: str | os.PathLike[str] | nn.Module,
+    dataset: Any,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    granularity: Granularity = "block",
+    qkv: Qkv = "split",
+    ablation: Ablation = "zero",
+    loss: RunLoss = "nll",
+    cut: int | None = None,
+    max_new_tokens: int = 256,
+    tokens_per_batch: int = 2048,
+    row_dtype: RowDtype = "float32",
+    limit: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+    progress: bool = True,
+) -> Run:
+    """Score every edge for every sample; the same call again resumes a run that was stopped.
+
+    A resumed run ends with the bytes of one that was never stopped, given the same machine and number of
+    threads: batches are planned from the whole dataset, and one that is not wholly done is computed again.
+
+    Args:
+        model: a folder, a name on the hub, or a loaded Hugging Face causal LM (left exactly as found).
+        dataset: what `read_samples` reads.
+        out: the run directory.
+        tokenizer: for text; None: the one beside the model, if `model` is a folder or a name.
+        granularity, qkv: of the graph; see `Graph`.
+        ablation: see `attribute`. ``"patching"`` needs a corrupt prompt in every sample; ``"mean"`` takes the
+            means of the whole dataset in a first pass.
+        loss: a loss of `attribute` on the given answers, or ``"self_nll"``: on the model's own greedy
+            answers, fixed before scoring starts. A callable is known to a resume by its qualified name alone.
+        cut: score at most max(cut, 1) tokens of each answer.
+        max_new_tokens: of the model's own answers.
+        tokens_per_batch: padding included; the dial between memory and speed. A resume must repeat it.
+        row_dtype: of scores.npy.
+        limit: use only this many records of the dataset.
+        dtype, device, attention: as for `load_model`, for a model that is loaded here.
+        progress: show a bar on standard error, if that is a terminal.
+
+    Returns:
+        The complete run.
+
+    Raises:
+        EaptkError: anything the user can put right, before the first row where it can be known by then.
+    """
+    _check_options(ablation, loss, row_dtype, tokens_per_batch, max_new_tokens)
+    if isinstance(model, nn.Module) and (dtype or device or attention):
+        raise EaptkError(
+            "dtype, device and attention are for a model given by name; this one is loaded already"
+        )
+    config: Any = model.config if isinstance(model, nn.Module) else load_config(model)
+    refuse_unsupported(config, "the model")
+    graph = Graph.from_config(config, granularity, qkv)
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or load_tokenizer(model)
+    n_new = min(max_new_tokens, max_new_tokens if cut is None else max(int(cut), 1))
+    samples = read_samples(
+        dataset,
+        tokenizer,
+        context=getattr(config, "max_position_embeddings", None),
+        vocabulary=config.vocab_size,
+        cut=cut,
+        own_answers=n_new if loss == "self_nll" else None,
+        limit=limit,
+    )
+    _check_samples(samples, ablation, loss)
+    # The weights come last: they take the longest, and by now the rest is known to be right.
+    loaded = model if isinstance(model, nn.Module) else load_model(model, dtype, device, attention)
+    manifest = {
+        "model": _model_facts(loaded),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "dataset": {"fingerprint": _fingerprint(samples), "samples": len(samples)},
+        "graph": graph.to_dict(),
+        "ablation": ablation,
+        "loss": _loss_name(loss),
+        "cut": cut,
+        "max_new_tokens": n_new if loss == "self_nll" else None,
+        "tokens_per_batch": tokens_per_batch,
+        "row_dtype": row_dtype,
+        "versions": {"eaptk": eaptk.__version__, "torch": torch.__version__, "transformers": _transformers()},
+        "provenance": _provenance(dataset),
+    }
+    with RunWriter(out, manifest) as writer:
+        if loss == "self_nll":
+            samples = _answered(loaded, samples, writer, n_new, tokens_per_batch, progress)
+        elif not writer.begun:
+            writer.begin(samples_table(samples))
+        _score_rows(loaded, samples, graph, writer, ablation, loss, tokens_per_batch, progress)
+        writer.finish()
+    return Run.open(out)
+
+
+def _score_rows(
+    model: Any,
+    samples: Sequence[Sample],
+    graph: Graph,
+    writer: RunWriter,
+    ablation: Ablation,
+    loss: RunLoss,
+    tokens_per_batch: int,
+    progress: bool,
+) -> None:
+    lengths = [sample.n_tokens for sample in samples]
+    plan = plan_batches(lengths, tokens_per_batch)
+    done = writer.done
+    left = [batch for batch in plan if not done[batch].all()]
+    if not left:
+        return
+    means = _means(model, samples, plan, graph, writer.path, progress) if ablation == "mean" else None
+    row_dtype = getattr(torch, writer.manifest["row_dtype"])
+    started = sum(lengths) - sum(lengths[row] for batch in left for row in batch)
+    with _bar("scoring", sum(lengths), started, progress) as advance:
+        for rows in left:
+            batch = collate([samples[row] for row in rows])
+            try:
+                found = attribute(
+                    model,
+                    batch,
+                    graph,
+                    ablation=ablation,
+                    loss="nll" if loss == "self_nll" else loss,
+                    means=means,
+                )
+            except torch.OutOfMemoryError as error:
+                raise EaptkError(
+                    f"out of memory in a batch of {len(rows)} samples × {batch.ids.shape[1]} tokens; "
+                    f"lower tokens_per_batch (now {tokens_per_batch})"
+                ) from error
+            scores = found.rows.to(row_dtype)
+            _check_range(scores, batch.names, graph)
+            writer.write(rows, scores.numpy(), found.loss.double().numpy())
+            advance(sum(lengths[row] for row in rows))
+
+
+def _answered(
+    model: Any,
+    samples: Sequence[Sample],
+    writer: RunWriter,
+    n_new: int,
+    tokens_per_batch: int,
+    progress: bool,
+) -> list[Sample]:
+    """Samples with the model's own answers; the run has begun when they are all there."""
+    if writer.begun:
+        stored = read_table(writer.path / "samples.parquet")["answer_ids"].to_pylist()
+        answers = dict(enumerate(stored))
+    else:
+        answers = writer.answers()
+        plan = plan_batches([len(sample.prompt_ids) + n_new for sample in samples], tokens_per_batch)
+        left = [batch for batch in plan if not all(row in answers for row in batch)]
+        with _bar("answering", len(samples), len(answers), progress, unit="prompts") as advance:
+            for found in greedy_answers(model, samples, left, n_new):
+                writer.keep_answers(found)
+                answers |= found
+                advance(len(found))
+    answered = [replace(sample, answer_ids=tuple(answers[row])) for row, sample in enumerate(samples)]
+    if not writer.begun:
+        writer.begin(samples_table(answered))
+    return answered
+
+
+def _means(
+    model: Any,
+    samples: Sequence[Sample],
+    plan: Sequence[Sequence[int]],
+    graph: Graph,
+    path: Path,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Means over the whole dataset, taken once a run."""
+    from safetensors.torch import load_file, save_file
+
+    file = path / "means.safetensors"
+    if not file.exists():
+        lengths = [sample.n_tokens for sample in samples]
+        with _bar("taking means", sum(lengths), 0, progress) as advance:
+
+            def batches() -> Iterator[Any]:
+                for rows in plan:
+                    yield collate([samples[row] for row in rows])
+                    advance(sum(lengths[row] for row in rows))
+
+            means = source_means(model, batches(), graph)
+        with explained(path), whole_file(file) as temporary:
+            save_file({name: mean.cpu().contiguous() for name, mean in means.items()}, temporary)
+    return {name: mean.to(model.device) for name, mean in load_file(file).items()}
+
+
+def _check_options(
+    ablation: str, loss: Any, row_dtype: str, tokens_per_batch: int, max_new_tokens: int
+) -> None:
+    for name, value, allowed in (
+        ("ablation", ablation, ABLATIONS),
+        ("row_dtype", row_dtype, ("float32", "float16")),
+        ("loss", None if callable(loss) else loss, (*LOSSES, None)),
+    ):
+        if value not in allowed:
+            raise EaptkError(f"{name} is {value!r}; it must be one of {', '.join(filter(None, allowed))}")
+    for name, number in (("tokens_per_batch", tokens_per_batch), ("max_new_tokens", max_new_tokens)):
+        if number < 1:
+            raise EaptkError(f"{name} is {number}; it must be at least 1")
+    if loss == "kl" and ablation != "patching":
+        raise EaptkError(
+            f"loss 'kl' compares with a corrupted run; use it with ablation 'patching', not {ablation!r}"
+        )
+
+
+def _check_samples(samples: Sequence[Sample], ablation: str, loss: Any) -> None:
+    for option, field, needed in (
+        ("ablation 'patching'", "corrupt", ablation == "patching"),
+        ("loss 'logit_diff'", "foil", loss == "logit_diff"),
+    ):
+        without = [sample.id for sample in samples if getattr(sample, f"{field}_ids") is None]
+        if needed and without:
+            raise EaptkError(
+                f"{option} needs '{field}' or '{field}_ids' in every sample; {without[0]!r} has none"
+            )
+
+
+def _check_range(scores: Tensor, names: Sequence[str], graph: Graph) -> None:
+    """Attribution has refused what is not finite; what the row dtype cannot hold is left."""
+    if not scores.isfinite().all():
+        row, column = (~scores.isfinite()).nonzero()[0].tolist()
+        raise EaptkError(
+            f"sample {names[row]!r}: the score of edge {graph.edge_name(column)} is beyond the range of "
+            f"{str(scores.dtype).removeprefix('torch.')}; use row dtype float32"
+        )
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    return {
+        "id": str(getattr(model, "name_or_path", "") or type(model).__name__),
+        "type": model.config.model_type,
+        "weights": weights_fingerprint(model),
+        "config": config_fingerprint(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "device": model.device.type,
+    }
+
+
+def _fingerprint(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for s in samples:
+        fields = [s.id, s.group, s.prompt_ids, s.answer_ids, s.corrupt_ids, s.foil_ids, dict(s.extra)]
+        digest.update(json.dumps(fields, default=str).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _loss_name(loss: RunLoss) -> str:
+    return f"{loss.__module__}.{loss.__qualname__}" if callable(loss) else loss
+
+
+def _transformers() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _provenance(dataset: Any) -> dict[str, str]:
+    """Who, when and where: recorded, but no matter to a resume."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "data": str(dataset) if isinstance(dataset, (str, Path)) else type(dataset).__name__,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+@contextmanager
+def _bar(what: str, total: int, done: int, shown: bool, unit: str = "tokens") -> Iterator[_Advance]:
+    """A bar with speed and time left on standard error; nothing if that is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TaskProgressColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.0f} {unit}/s")
+
+    console = Console(stderr=True)
+    with Progress(
+        "{task.description}",
+        BarColumn(),
+        TaskProgressColumn(),
+        Speed(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+    ) as bars:
+        task = bars.add_task(what, total=total, completed=done)
+        yield lambda more: bars.advance(task, more)
