@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "kernels", "_native"},
     {"architecture", "files"},
-    {"graph"},
+    {"graph", "loading"},
     {"batch", "sites"},
     {"capture"},
     {"losses"},
@@ -26,6 +26,7 @@ FLOORS = [
     {"compare"},
     {"figures"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
