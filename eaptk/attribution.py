@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from eaptk import losses
-from eaptk.batch import Batch
+from eaptk.batch import NO_TARGET, Batch
 from eaptk.capture import Capture, frozen
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
@@ -118,6 +118,8 @@ def attribute(
             if ablation == "patching":
                 replacements, _ = _values(model, sites, _corrupted(batch))
             run, sample_losses = _gradients(model, sites, batch, loss)
+            if means is not None:
+                _check_means(means, run)
             sources = run.sources(replacements)
         with torch.no_grad():
             rows = contract(sources, run.destinations(), batch.lengths.tolist())
@@ -158,15 +160,18 @@ def _values(model: nn.Module, sites: Sites, batch: Batch) -> tuple[dict[str, Ten
 
 
 def _gradients(
-    model: nn.Module, sites: Sites, batch: Batch, loss: LossName | LossFunction, clean_logits: Tensor | None = None
+    model: nn.Module,
+    sites: Sites,
+    batch: Batch,
+    loss: LossName | LossFunction,
+    clean_logits: Tensor | None = None,
 ) -> tuple[Capture, Tensor]:
     """Sources and destinations of a forward and backward pass, and the losses [B]."""
     with torch.enable_grad(), Capture(sites, gradients=True) as capture:
         logits = forward(model, sites, batch, every_position=callable(loss))
         if callable(loss):
             sample_losses = loss(logits, batch)
-            if sample_losses.shape != (len(batch),):
-                raise EaptkError(f"the loss returned shape {tuple(sample_losses.shape)}; expected [{len(batch)}]")
+            _check_callable(sample_losses, batch)
         elif loss == "kl":
             assert clean_logits is not None
             sample_losses = losses.kl(logits, clean_logits, batch)
@@ -222,11 +227,43 @@ def _check_request(
     if not callable(loss) and loss not in LOSSES:
         raise EaptkError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}, or a callable")
     if ablation == "patching" and batch.corrupt_ids is None:
-        raise EaptkError("ablation 'patching' needs a corrupted prompt: give every sample `corrupt` or `corrupt_ids`")
+        raise EaptkError(
+            "ablation 'patching' needs a corrupted prompt: give every sample `corrupt` or `corrupt_ids`"
+        )
     if (ablation == "mean") != (means is not None):
-        raise EaptkError("ablation 'mean' needs means=eaptk.source_means(model, batches, graph), and only it takes them")
+        raise EaptkError(
+            "ablation 'mean' needs means=eaptk.source_means(model, batches, graph), and only it takes them"
+        )
     if loss == "kl" and ablation != "patching":
-        raise EaptkError(f"loss 'kl' has no gradient on the clean run that ablation {ablation!r} uses; use 'patching'")
+        raise EaptkError(
+            f"loss 'kl' has no gradient on the clean run that ablation {ablation!r} uses; use 'patching'"
+        )
+    without = (batch.targets == NO_TARGET).all(1).nonzero().flatten().tolist()
+    if without and not callable(loss):
+        raise EaptkError(
+            f"sample {batch.names[without[0]]!r} has no target, so no loss {loss!r}; give it an answer or labels"
+        )
+
+
+def _check_callable(sample_losses: Any, batch: Batch) -> None:
+    is_tensor = isinstance(sample_losses, Tensor)
+    if not is_tensor or sample_losses.shape != (len(batch),):
+        found = f"shape {tuple(sample_losses.shape)}" if is_tensor else type(sample_losses).__name__
+        raise EaptkError(f"the loss returned {found}; expected [{len(batch)}], one number a sample")
+    if not sample_losses.requires_grad:
+        raise EaptkError(
+            "the loss does not depend on the logits; compute it from them without detach() or no_grad()"
+        )
+
+
+def _check_means(means: Mapping[str, Tensor], run: Capture) -> None:
+    for name, value in run.values.items():
+        found = tuple(means[name].shape) if name in means else None
+        if found != value.shape[2:]:
+            raise EaptkError(
+                f"means of {name!r} have shape {found}, the graph needs {tuple(value.shape[2:])}; "
+                f"take them with eaptk.source_means for the same model and graph"
+            )
 
 
 def _check_finite(rows: Tensor, batch: Batch, graph: Graph) -> None:

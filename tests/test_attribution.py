@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,21 @@ import oracle
 import pytest
 import torch
 import transformers
-from tiny import NAMES, tiny_batch, tiny_model
+from tiny import NAMES, VOCABULARY, tiny_batch, tiny_model
 from torch import Tensor, nn
 
-from eaptk import Architecture, Batch, EaptkError, Graph, architecture, attribute, register_architecture
-from eaptk import source_means as means_of
+from eaptk import (
+    Architecture,
+    Batch,
+    EaptkError,
+    Graph,
+    Sample,
+    architecture,
+    attribute,
+    collate,
+    register_architecture,
+    source_means,
+)
 
 GRANULARITIES = ["block", "head"]
 EXACT = 1e-12  # relative Frobenius in float64
@@ -54,7 +65,7 @@ def test_patching_agrees_with_direct_perturbation(name: str, granularity: str, q
 def test_mean_ablation_agrees_with_direct_perturbation(name: str, granularity: str) -> None:
     model, batch, others = tiny_model(name), tiny_batch(), tiny_batch(5, seed=1)
     graph = Graph.from_model(model, granularity)
-    scores = attribute(model, batch, graph, ablation="mean", means=means_of(model, [others], graph))
+    scores = attribute(model, batch, graph, ablation="mean", means=source_means(model, [others], graph))
     means = oracle.mean_written(model, others, graph)
     assert relative(scores.matrix(), oracle.batch_scores(model, batch, graph, "mean", means=means)) < EXACT
 
@@ -125,6 +136,40 @@ def test_sdpa_and_eager_attention_give_the_same_scores(name: str, granularity: s
     sdpa, eager = (tiny_model(name, torch.float32, attention) for attention in ("sdpa", "eager"))
     graph, batch = Graph.from_model(sdpa, granularity), tiny_batch()
     assert relative(attribute(sdpa, batch, graph).rows, attribute(eager, batch, graph).rows) < 1e-5
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "kv_heads"), [(1, 36, 6, 3), (4, 20, 2, 1), (2, 132, 33, 33)]
+)
+def test_awkward_shapes_agree_with_direct_perturbation(
+    layers: int, width: int, heads: int, kv_heads: int, granularity: str
+) -> None:
+    model = tiny_model(
+        "llama",
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
+    graph, batch = Graph.from_model(model, granularity), tiny_batch()
+    scores = attribute(model, batch, graph)
+    assert relative(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_long_sequence_beside_a_short_one_agrees_with_direct_perturbation(granularity: str) -> None:
+    model = tiny_model("gpt_neox", max_position_embeddings=2048)
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        Sample(
+            f"of-{n}", *(tuple(torch.randint(VOCABULARY, (k,), generator=generator).tolist()) for k in (n, 3))
+        )
+        for n in (1301, 17)
+    ]
+    graph, batch = Graph.from_model(model, granularity), collate(samples)
+    scores = attribute(model, batch, graph)
+    assert relative(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
 
 
 # Identities
@@ -218,15 +263,15 @@ def state(model: nn.Module) -> dict[str, Any]:
         "hooks": [len(getattr(module, name)) for module in model.modules() for name in hooks],
         "attributes": [sorted(vars(module)) for module in model.modules()],
         "classes": [type(module) for module in model.modules()],
-        "weights": [p.detach().clone() for p in model.parameters()],
+        "weights": [p.detach().numpy().copy() for p in model.parameters()],
         "versions": [p._version for p in model.parameters()],
         "config": model.config.to_dict(),
-        "grad_mode": torch.is_grad_enabled(),
+        "grad_mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     }
 
 
 def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    assert all(map(torch.equal, before.pop("weights"), after.pop("weights")))
+    assert all(map(np.array_equal, before.pop("weights"), after.pop("weights")))
     assert before == after
 
 
@@ -242,16 +287,16 @@ def unusual_model(request: pytest.FixtureRequest) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_the_model_is_left_exactly_as_found(
-    unusual_model: nn.Module, granularity: str, grad_mode: bool
-) -> None:
-    graph = Graph.from_model(unusual_model, granularity)
-    with torch.set_grad_enabled(grad_mode):
+def test_the_model_is_left_exactly_as_found(unusual_model: nn.Module, granularity: str, mode: Any) -> None:
+    graph, batch = Graph.from_model(unusual_model, granularity), tiny_batch()
+    expected = attribute(unusual_model, batch, graph, ablation="patching").rows
+    with mode():
         before = state(unusual_model)
-        scores = attribute(unusual_model, tiny_batch(), graph, ablation="patching")
+        scores = attribute(unusual_model, batch, graph, ablation="patching")
         assert_same(before, state(unusual_model))
+    assert torch.equal(scores.rows, expected)
     assert not scores.rows.requires_grad
 
 
@@ -334,10 +379,8 @@ def test_a_graph_of_another_model_is_refused(granularity: str, change: dict[str,
         ({"ablation": "zero", "loss": "kl"}, "patching"),
         ({"ablation": "resample"}, "resample"),
         ({"loss": "nlll"}, "nlll"),
-        ({"loss": lambda logits, batch: logits.sum()}, "shape"),
-        ({"loss": lambda logits, batch: torch.zeros(len(batch))}, "loss"),
     ],
-    ids=["no-corrupt", "no-foils", "no-means", "kl-zero", "ablation", "loss", "scalar-loss", "constant-loss"],
+    ids=["no-corrupt", "no-foils", "no-means", "kl-zero", "ablation", "loss"],
 )
 def test_what_a_method_lacks_is_named(options: dict[str, Any], message: str) -> None:
     model, batch = tiny_model("llama", torch.float32), tiny_batch()
@@ -345,6 +388,63 @@ def test_what_a_method_lacks_is_named(options: dict[str, Any], message: str) -> 
     with pytest.raises(EaptkError, match=message) as raised:
         attribute(model, bare, Graph.from_model(model), **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda logits, batch: None, r"the loss returned .*expected .*\[3\]"),
+        (lambda logits, batch: logits.sum(), r"the loss returned shape \(\); expected \[3\]"),
+        (lambda logits, batch: logits.detach().sum((1, 2)), "the loss does not depend on the logits"),
+        (lambda logits, batch: torch.zeros(len(batch)), "the loss does not depend on the logits"),
+    ],
+    ids=["nothing", "one-number", "detached", "constant"],
+)
+def test_a_callable_that_is_no_loss_per_sample_is_refused(loss: Any, message: str) -> None:
+    model = tiny_model("llama", torch.float32)
+    with pytest.raises(EaptkError, match=message):
+        attribute(model, tiny_batch(), Graph.from_model(model), loss=loss)
+
+
+def test_a_sample_without_a_target_is_named() -> None:
+    model, batch = tiny_model("llama", torch.float32), tiny_batch()
+    targets = batch.targets.clone()
+    targets[1] = -100
+    with pytest.raises(EaptkError, match="sample 'sample-1' has no target"):
+        attribute(model, replace(batch, targets=targets), Graph.from_model(model))
+
+
+@pytest.mark.parametrize("change", ["other-granularity", "missing", "other-width"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_means_of_another_graph_are_refused(granularity: str, change: str) -> None:
+    model, batch = tiny_model("llama", torch.float32), tiny_batch()
+    graph = Graph.from_model(model, granularity)
+    other = Graph.from_model(model, "head" if granularity == "block" else "block")
+    means = source_means(model, [batch], other if change == "other-granularity" else graph)
+    if change == "missing":
+        del means["m1"]
+    if change == "other-width":
+        means["m1"] = means["m1"][:-1]
+    with pytest.raises(EaptkError, match="means"):
+        attribute(model, batch, graph, ablation="mean", means=means)
+
+
+class Scaled(nn.Linear):
+    """A projection that is more than its weight, as quantised and adapted ones are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * super().forward(x)
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "o_proj"])
+def test_a_projection_that_is_more_than_its_weight_is_never_split_by_head(projection: str) -> None:
+    model, batch = tiny_model("llama"), tiny_batch()
+    for layer in model.model.layers:
+        getattr(layer.self_attn, projection).__class__ = Scaled
+    with pytest.raises(EaptkError, match=r"Scaled.*granularity='block'"):
+        attribute(model, batch, Graph.from_model(model, "head"))
+    graph = Graph.from_model(model, "block")
+    assert relative(attribute(model, batch, graph).matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
 
 
 # Architectures from outside

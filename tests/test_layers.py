@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import eaptk
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,12 +22,12 @@ FLOORS = [
     {"capture"},
     {"losses"},
     {"attribution"},
-    {"check"},
+    {"identities"},
     {"dataset", "generate", "store"},
     {"run"},
     {"sweep"},
     {"metrics"},
-    {"compare"},
+    {"comparison"},
     {"figures"},
     {"cli"},
     {"__main__"},
@@ -75,3 +79,16 @@ def test_no_module_imports_from_a_floor_above(path: Path) -> None:
     for imported in imported_modules(path.read_text(), package) - {module}:
         assert imported in FLOOR, f"{module} imports {imported}, which has no floor"
         assert FLOOR[imported] < FLOOR[module], f"{module} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("name", eaptk.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(eaptk, name).__module__.startswith("eaptk.")
+
+
+def test_importing_the_package_loads_no_heavy_library() -> None:
+    code = (
+        "import sys, eaptk; print(*sorted({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.split() == []
