@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from eaptk.kernels import Destination, Norm, Source, contract
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from eaptk.kernels import Destination, Norm, Source, contract
 
 HEADS, HEAD_DIM, WIDTH = 3, 5, 12
 
