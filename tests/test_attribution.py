@@ -159,15 +159,15 @@ def test_awkward_shapes_agree_with_direct_perturbation(
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_long_sequence_beside_a_short_one_agrees_with_direct_perturbation(granularity: str) -> None:
-    model = tiny_model("gpt_neox", max_position_embeddings=2048)
+    """Long and wide enough to be contracted in several pieces, the last of them shorter."""
+    model = tiny_model("gpt_neox", hidden_size=256, max_position_embeddings=2048)
     generator = torch.Generator().manual_seed(0)
-    samples = [
-        Sample(
-            f"of-{n}", *(tuple(torch.randint(VOCABULARY, (k,), generator=generator).tolist()) for k in (n, 3))
-        )
-        for n in (1301, 17)
-    ]
-    graph, batch = Graph.from_model(model, granularity), collate(samples)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(VOCABULARY, (count,), generator=generator).tolist())
+
+    batch = collate([Sample("long", tokens(1301), tokens(3)), Sample("short", tokens(17), tokens(3))])
+    graph = Graph.from_model(model, granularity)
     scores = attribute(model, batch, graph)
     assert relative(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
 
@@ -240,14 +240,20 @@ def test_patching_with_the_same_prompt_scores_nothing() -> None:
     assert attribute(model, same, graph, ablation="patching").rows.abs().max() < 1e-12
 
 
-def test_the_loss_is_each_samples_own_mean_nll() -> None:
+@pytest.mark.parametrize("loss", ["nll", "logit_diff", "kl"])
+def test_the_loss_reported_is_each_samples_own(loss: str) -> None:
     model, batch = tiny_model("llama"), tiny_batch()
-    expected = torch.nn.functional.cross_entropy(
-        model(input_ids=batch.ids).logits.transpose(1, 2), batch.targets, reduction="none"
-    )
-    expected = expected.sum(1) / (batch.targets >= 0).sum(1)
-    found = attribute(model, batch, Graph.from_model(model)).loss
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-10, atol=1e-10)
+    expected = []
+    for b, length in enumerate(batch.lengths.tolist()):
+        ids, corrupt = batch.ids[b, :length], batch.corrupt_ids[b, :length]
+        targets, foils = batch.targets[b, :length], batch.foils[b, :length]
+        if loss == "kl":
+            expected.append(oracle.kl(targets, oracle.run(model, ids))(oracle.run(model, corrupt)))
+        else:
+            own = oracle.nll(targets) if loss == "nll" else oracle.logit_difference(targets, foils)
+            expected.append(own(oracle.run(model, ids)))
+    found = attribute(model, batch, Graph.from_model(model), ablation="patching", loss=loss).loss
+    torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=EXACT, atol=EXACT)
 
 
 # The model is left as it was
