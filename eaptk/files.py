@@ -121,4 +121,5 @@ def explained(path: Path) -> Iterator[None]:
         remedy = "choose a folder you can write to"
         if error.errno in DISK_FULL:
             remedy = "free some space and repeat the command, finished rows are kept"
-        raise EaptkError(f"cannot write run {path}: {error.strerror or error}; {remedy}") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise EaptkError(f"cannot write run {path}: {reason}; {remedy}") from error
