@@ -174,7 +174,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
             for number, line in enumerate(file, 1):
                 where = f"{path} line {number}"
                 if line.strip():
-                    yield where, number, _json_object(line, where)
+                    yield where, number, _json_object(line.rstrip("\r\n"), where)
     except UnicodeDecodeError as error:
         raise EaptkError(
             f"{path} is not UTF-8 text ({error}); write it as JSONL, one object a line"

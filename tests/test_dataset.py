@@ -1,0 +1,221 @@
+"""Reading samples: what a record may hold, and one clear line for every way it can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from checkpoints import make_tokenizer, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eaptk.batch import Sample
+from eaptk.dataset import plan_batches, read_samples, samples_table
+from eaptk.errors import EaptkError
+
+TEXT = {"id": "a", "prompt": "w0 w1", "answer": "w2 w3"}
+TOKENS = {"id": "a", "prompt_ids": [0, 3, 4], "answer_ids": [5, 6]}
+
+
+def refused(source: Any, **options: Any) -> str:
+    with pytest.raises(EaptkError) as caught:
+        read_samples(source, make_tokenizer(), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_prompt_gets_the_tokenizers_special_tokens_and_an_answer_none() -> None:
+    (sample,) = read_samples([TEXT], make_tokenizer())
+    assert sample == Sample("a", prompt_ids=(0, 3, 4), answer_ids=(5, 6))
+
+
+def test_text_and_tokens_of_the_same_record_are_the_same_sample() -> None:
+    assert read_samples([TEXT], make_tokenizer()) == read_samples([TOKENS])
+
+
+def test_every_field_of_a_record_has_its_place() -> None:
+    record = {**TEXT, "group": 7, "corrupt": "w4 w5", "foil": "w6 w7", "level": 3, "source": "MATH"}
+    (sample,) = read_samples([record], make_tokenizer())
+    assert sample.group == "7"
+    assert sample.corrupt_ids == (0, 7, 8)
+    assert sample.foil_ids == (9, 10)
+    assert sample.extra == {"level": 3, "source": "MATH"}
+
+
+def test_a_file_a_dataset_and_records_give_the_same_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    records = [{**TEXT, "id": f"q{i}", "level": i} for i in range(3)]
+    file = write_jsonl(tmp_path / "data.jsonl", records)
+    dataset = datasets.Dataset.from_list(records)
+    dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder/train.jsonl", records)
+    expected = read_samples(records, make_tokenizer())
+    for source in (
+        file,
+        str(file),
+        dataset,
+        tmp_path / "saved",
+        tmp_path / "folder",
+        iter(records),
+        expected,
+    ):
+        assert read_samples(source, make_tokenizer()) == expected
+
+
+def test_a_split_is_named_after_the_dataset(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_list([{**TEXT, "id": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    (sample,) = read_samples(f"{tmp_path}/saved:test", make_tokenizer())
+    assert sample.id == "test"
+    assert "has splits train, test; name one of them" in refused(f"{tmp_path}/saved")
+
+
+def test_a_missing_id_is_the_number_of_the_line(tmp_path: Path) -> None:
+    record = {k: v for k, v in TEXT.items() if k != "id"}
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(record)}\n\n{json.dumps(record)}\n")
+    assert [s.id for s in read_samples(tmp_path / "data.jsonl", make_tokenizer())] == ["1", "3"]
+
+
+def test_a_limit_reads_only_the_first_records(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(TEXT) + "\nnot read\n")
+    assert len(read_samples(tmp_path / "data.jsonl", make_tokenizer(), limit=1)) == 1
+
+
+@pytest.mark.parametrize(("cut", "left"), [(1, (5,)), (0, (5,)), (2, (5, 6)), (9, (5, 6)), (None, (5, 6))])
+def test_a_cut_leaves_at_most_that_many_tokens_and_at_least_one(
+    cut: int | None, left: tuple[int, ...]
+) -> None:
+    (sample,) = read_samples([{**TOKENS, "foil_ids": [5, 6]}], cut=cut)
+    assert sample.answer_ids == sample.foil_ids == left
+
+
+def test_records_for_a_model_that_answers_need_no_answer_and_carry_a_given_one_along() -> None:
+    first, second, third = read_samples(
+        [
+            {"id": "a", "prompt_ids": [3]},
+            {"id": "b", "prompt_ids": [3], "answer": "42"},
+            {"id": "c", "prompt_ids": [3], "answer_ids": [4]},
+        ],
+        own_answers=5,
+    )
+    assert first.answer_ids == second.answer_ids == third.answer_ids == ()
+    assert second.extra == {"answer": "42"}
+    assert third.extra == {"given_answer_ids": [4]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": ', "line 2 is not valid JSON (Expecting value at column 12); write one object a line"),
+        ("[1, 2]", "line 2 is not an object"),
+        ('{"answer": "w1"}', "line 2: it has no 'prompt' (nor 'prompt_ids')"),
+        (
+            '{"prompt": "w1", "anwser": "w2"}',
+            "line 2: it has no 'answer' (nor 'answer_ids'); did you mean 'anwser'?",
+        ),
+        (
+            '{"prompt": "w1", "answer": ""}',
+            "line 2: its answer is empty; every answer needs at least one token",
+        ),
+        ('{"prompt": "w1", "answer_ids": []}', "line 2: its answer is empty"),
+        ('{"prompt_ids": [], "answer_ids": [1]}', "line 2: its prompt is empty"),
+        ('{"prompt": 3, "answer": "w2"}', "line 2: 'prompt' is int, not text"),
+        ('{"prompt_ids": [1, 2.5], "answer": "w2"}', "line 2: 'prompt_ids' is not a list of whole numbers"),
+        (
+            '{"prompt": "w1", "prompt_ids": [4], "answer": "w2"}',
+            "line 2: it has both 'prompt' and 'prompt_ids'",
+        ),
+        (
+            '{"prompt": "w1", "answer_ids": [32]}',
+            "line 2: token 32 of answer_ids is not in the model's vocabulary of 32",
+        ),
+        (
+            '{"prompt_ids": [-1], "answer": "w1"}',
+            "line 2: token -1 of prompt_ids is not in the model's vocabulary",
+        ),
+        ('{"id": "a", "prompt": "w1", "answer": "w2"}', "line 2: id 'a' is already that of"),
+        (
+            '{"prompt": "w1 w2 w3 w4", "answer": "w1 w2 w3 w4 w5"}',
+            "line 2: 9 tokens of prompt and answer are longer",
+        ),
+        (
+            '{"prompt": "w1", "answer": "w2", "corrupt": "w3 w4"}',
+            "line 2: the corrupt prompt has 3 tokens, the prompt 2",
+        ),
+        ('{"prompt": "w1", "answer": "w2", "foil": "w3 w4"}', "line 2: the foil has 2 tokens, the answer 1"),
+        (
+            '{"prompt": "w1", "answer": "w2", "loss": 1}',
+            "line 2: 'loss' is a column that eaptk fills itself; rename it",
+        ),
+    ],
+)
+def test_a_bad_line_is_named_with_its_remedy(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(TEXT) + "\n" + line + "\n")
+    assert f"{file} {message}" in refused(file, context=8, vocabulary=32)
+
+
+def test_the_longest_sequence_that_fits_is_taken() -> None:
+    record = {"prompt_ids": [3, 4], "answer_ids": [5, 6, 7]}
+    assert len(read_samples([record], context=4)) == 1
+    assert "longer than the model's context of 3" in refused([record], context=3)
+
+
+def test_a_cut_answer_only_has_to_fit_as_cut() -> None:
+    record = {"prompt_ids": [3, 4], "answer_ids": [5] * 100}
+    assert len(read_samples([record], context=4, cut=3)) == 1
+
+
+def test_room_is_kept_for_the_models_own_answer() -> None:
+    assert "longer than the model's context" in refused([{"prompt_ids": [3, 4]}], context=4, own_answers=4)
+
+
+def test_text_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(EaptkError, match="'prompt' is text, but there is no tokenizer"):
+        read_samples([TEXT])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert refused(tmp_path / "data.jsonl") == (
+        f"no such file: {tmp_path / 'data.jsonl'}; give a JSONL file or a Hugging Face dataset"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.jsonl").write_text(content)
+    assert f"{tmp_path / 'data.jsonl'} is empty" in refused(tmp_path / "data.jsonl")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert f"{tmp_path / 'data.jsonl'} is not UTF-8 text" in refused(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("source", [[], [3], 3, {"train": [TEXT]}])
+def test_records_that_are_none_are_refused(source: Any) -> None:
+    assert "dataset" in refused(source)
+
+
+def test_user_columns_of_mixed_types_are_kept_as_json() -> None:
+    records = [
+        {**TOKENS, "id": str(i), "note": note} for i, note in enumerate([1, "two", None, {"three": 3}])
+    ]
+    assert samples_table(read_samples(records))["note"].to_pylist() == ["1", '"two"', None, '{"three": 3}']
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 100))
+def test_batches_hold_every_sample_once_within_the_budget_longest_first(
+    lengths: list[int], budget: int
+) -> None:
+    plan = plan_batches(lengths, budget)
+    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in plan)
+    order = [lengths[index] for batch in plan for index in batch]
+    assert order == sorted(order, reverse=True)
