@@ -89,7 +89,9 @@ def find_architecture(config: Any) -> Architecture:
     if model_type in _REGISTRY:
         return _REGISTRY[model_type]
     if getattr(config, "is_encoder_decoder", False):
-        raise EaptkError(f"model type {model_type!r} is an encoder-decoder: edge attribution needs a decoder-only model")
+        raise EaptkError(
+            f"model type {model_type!r} is an encoder-decoder: edge attribution needs a decoder-only model"
+        )
     close = difflib.get_close_matches(str(model_type), _REGISTRY, n=1)
     guess = f"; did you mean {close[0]!r}?" if close else ""
     raise EaptkError(

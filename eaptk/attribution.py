@@ -103,6 +103,7 @@ def attribute(
     if not isinstance(batch, Batch):
         batch = Batch.from_mapping(batch)
     _check_request(batch, ablation, loss, means)
+    _check_tokens(batch, model)
     batch = batch.to(next(model.parameters()).device)
     sites = Sites(model, graph)
     with frozen(model):
@@ -243,6 +244,18 @@ def _check_request(
         raise EaptkError(
             f"sample {batch.names[without[0]]!r} has no target, so no loss {loss!r}; give it an answer or labels"
         )
+
+
+def _check_tokens(batch: Batch, model: nn.Module) -> None:
+    n_tokens = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    for ids in (batch.ids, batch.corrupt_ids):
+        bad = [] if ids is None else ((ids < 0) | (ids >= n_tokens)).nonzero().tolist()
+        if bad:
+            sample, position = bad[0]
+            raise EaptkError(
+                f"sample {batch.names[sample]!r}: token id {int(ids[sample, position])} at position {position} is "  # type: ignore[index]
+                f"outside the vocabulary of {n_tokens}; was it tokenised for another model?"
+            )
 
 
 def _check_callable(sample_losses: Any, batch: Batch) -> None:

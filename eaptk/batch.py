@@ -93,10 +93,14 @@ class Batch:
             EaptkError: a tensor is missing or has another shape, or a sample has no real token or no target.
         """
         if "input_ids" not in tensors:
-            raise EaptkError(f"a batch mapping needs 'input_ids'; it has {', '.join(map(repr, tensors)) or 'nothing'}")
+            raise EaptkError(
+                f"a batch mapping needs 'input_ids'; it has {', '.join(map(repr, tensors)) or 'nothing'}"
+            )
         ids = torch.as_tensor(tensors["input_ids"])
-        if ids.ndim != 2:
-            raise EaptkError(f"input_ids has shape {tuple(ids.shape)}; expected [batch, tokens]")
+        if ids.ndim != 2 or not len(ids):
+            raise EaptkError(
+                f"input_ids has shape {tuple(ids.shape)}; expected [batch, tokens], one sample or more"
+            )
         mask = torch.as_tensor(tensors.get("attention_mask", torch.ones_like(ids))).bool()
         labels = torch.as_tensor(tensors.get("labels", ids))
         corrupt = tensors.get("corrupt_ids")
@@ -124,7 +128,9 @@ class Batch:
         )
         without = ((batch.targets != NO_TARGET).sum(1) == 0).nonzero().flatten().tolist()
         if without:
-            raise EaptkError(f"sample {without[0]} of the batch has no token to predict; give it labels or more tokens")
+            raise EaptkError(
+                f"sample {without[0]} of the batch has no token to predict; give it labels or more tokens"
+            )
         return batch
 
 

@@ -201,7 +201,9 @@ class Graph:
         """Unpack [..., n_edges] into [..., n_sources, n_destinations], 0 where there is no edge."""
         rows = np.asarray(rows)
         if rows.shape[-1:] != (self.n_edges,):
-            raise EaptkError(f"rows have shape {rows.shape}; the last axis must be the graph's {self.n_edges} edges")
+            raise EaptkError(
+                f"rows have shape {rows.shape}; the last axis must be the graph's {self.n_edges} edges"
+            )
         dense = np.zeros((*rows.shape[:-1], self.n_sources, self.n_destinations), dtype=rows.dtype)
         dense[..., self.edge_source, self.edge_destination] = rows
         return dense

@@ -136,7 +136,7 @@ def _matrix(projection: nn.Module) -> Tensor:
             return weight.detach().T
     raise EaptkError(
         f"{type(projection).__name__} is no plain linear map: its weight cannot be split by head; load the "
-        f"model unquantised with adapters merged, or use granularity='block'"
+        f"model unquantised with adapters merged, or, where q, k and v are separate, use granularity='block'"
     )
 
 
