@@ -163,6 +163,58 @@ def inspect(
         console.print(_graph_facts(target, config, graphs))
 
 
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the hub.")],
+    edges: Annotated[
+        int, typer.Option(min=1, help="Edges a granularity to perturb directly: a pass over the model each.")
+    ] = 12,
+    seed: Annotated[int, typer.Option(help="Of the random tokens and edges.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights; default: as saved."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda if there is one.")
+    ] = None,
+) -> None:
+    """Check on a model of your own the identities that hold if its edges are attributed right.
+
+    Sources must rebuild the residual stream, heads add up to their blocks, and a score equal the change of the
+    loss when one source is scaled down where one destination reads it. Ends with exit code 1 if any fails.
+
+    Examples:
+
+      eaptk check Qwen/Qwen2.5-0.5B
+
+      eaptk check checkpoints/rl --edges 50 --dtype float32
+    """
+    _quiet_transformers()
+    from rich.console import Console
+    from rich.table import Table
+
+    from eaptk.identities import check as check_identities
+    from eaptk.loading import load_model
+
+    checks = check_identities(load_model(model, dtype=dtype, device=device), n_edges=edges, seed=seed)
+    table = Table(title=f"{model}: identities", title_justify="left")
+    table.add_column("identity")
+    table.add_column("relative error", justify="right")
+    table.add_column("allowed", justify="right")
+    table.add_column("")
+    table.add_column("worst at")
+    for found in checks:
+        verdict = "[green]pass[/]" if found.passed else "[bold red]FAIL[/]"
+        table.add_row(found.name, f"{found.error:.1e}", f"{found.tolerance:.0e}", verdict, found.where)
+    Console().print(table)
+    failed = [found.name for found in checks if not found.passed]
+    if failed:
+        raise EaptkError(
+            f"{model}: {', '.join(failed)} does not hold: its scores would be wrong; if you registered the "
+            f"architecture, compare the entry with the model's code"
+        )
+
+
 def _run_facts(run: Run) -> Table:
     facts, method, done = run.manifest, run.manifest["provenance"], run.done
     samples = run.samples
