@@ -220,6 +220,13 @@ def test_a_bad_model_ends_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_device_that_is_none_ends_in_one_line(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["score", "--model", model, "--data", data, "--out", tmp_path / "run"]
+    assert "device 'gpu' cannot be used" in error_of(capfd, *command, "--device", "gpu")
+
+
 def test_logits_that_are_not_finite_name_the_sample(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

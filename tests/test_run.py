@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import eaptk
 from eaptk.errors import EaptkError
 from eaptk.loading import load_model, load_tokenizer, weights_fingerprint
+from eaptk.store import RunWriter
 
 RECORDS = make_records(12)
 
@@ -238,6 +239,17 @@ def fails_at(sample: str) -> Any:
         return logits.square().flatten(1).sum(1)
 
     return loss
+
+
+def test_a_batch_of_which_only_some_rows_are_done_is_computed_again_whole(tmp_path: Path) -> None:
+    """A smaller batch could round differently: the marked row is a wrong one here, to see that it is replaced."""
+    whole = score(tmp_path / "whole", tokens_per_batch=10_000)
+    with RunWriter(tmp_path / "run", {k: v for k, v in whole.manifest.items() if k != "schema"}) as writer:
+        writer.begin(whole.samples.drop_columns(["loss"]))
+        writer.write([3], np.zeros_like(whole.scores[[3]]), np.zeros(1))
+    resumed = score(tmp_path / "run", tokens_per_batch=10_000)
+    assert np.array_equal(resumed.scores, whole.scores)
+    assert np.array_equal(resumed.loss, whole.loss)
 
 
 def test_weights_that_the_checkpoint_lacks_are_named(tmp_path: Path) -> None:
