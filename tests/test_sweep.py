@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-from eaptk import _native
-from eaptk.errors import EaptkError
-from eaptk.sweep import Sweep, row_dots, sweep, weighted_column_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from eaptk import _native
+from eaptk.errors import EaptkError
+from eaptk.sweep import Sweep, row_dots, sweep, weighted_column_sums
 
 BACKENDS = ["native", "portable", "numpy"]
 FIELDS = ["sum_abs", "sum", "m2", "m3", "m4", "min", "max"]

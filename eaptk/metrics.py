@@ -1,0 +1,276 @@
+"""Activation-intensity, information-complexity, kurtosis, diversity and output-entropy of a run's edges.
+
+With W_i the scores of sample i over the measured edges, n samples and natural logarithms unless told
+otherwise:
+
+    intensity       mean over samples and edges of |W|
+    complexity      −Σ_b p_b log p_b, p the histogram of |W| pooled over samples and edges
+    kurtosis        mean over samples of m4/m2² − 3, biased moments about the sample's own mean
+    diversity       1 − mean over pairs i ≠ j of the correlation of W_i and W_j
+    output entropy  −Σ_d p_d log p_d, p the mean |W| of one source's outgoing edges, normalised; and its
+                    mean over sources
+
+Definitions of arXiv 2509.21044. Its own numbers count the structural zeros of the [sources, destinations]
+matrix as well (``dense=True`` here): they are merged into the moments and bin 0, no matrix is ever formed.
+
+The diversity needs no Gram matrix: with z_i the centred row of unit length and S = Σ_i z_i, the mean
+correlation is (|S|² − n) / (n(n − 1)).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from eaptk.errors import EaptkError
+from eaptk.graph import Graph
+from eaptk.sweep import Backend, Doubles, Integers, Scores, Sweep, row_dots, sweep, weighted_column_sums
+
+#: Headline metrics, in the order they are reported.
+METRICS = ("intensity", "complexity", "kurtosis", "diversity")
+
+DEFAULT_BINS = 100
+
+
+class ScoredRun(Protocol):
+    """What is measured of a run; `eaptk.Run` is one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def scores(self) -> npt.NDArray[Any]: ...
+    @property
+    def done(self) -> npt.NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics of a run, or of some of its samples and edges; see the module for definitions.
+
+    Args:
+        dense: whether structural zeros are counted.
+        n_samples: samples measured.
+        n_unfinished: samples asked for but left out because their rows are not done.
+        n_constant: samples whose scores are all equal; kurtosis and correlation are undefined for them,
+            so `kurtosis` and `diversity` are means over the others.
+        n_entries: numbers counted a sample: edges and, if `dense`, zeros.
+        bins, upper, log_base: of the histogram, `bins` equal ones on [0, upper], and of all entropies.
+        n_above: entries beyond `upper`, which the histogram does not hold.
+        intensity, complexity: see the module.
+        kurtosis: None if every sample is constant.
+        diversity: None with fewer than two samples that are not constant.
+        output_entropy: mean of `source_entropy`; None if no source has outgoing strength.
+        rows: [n] indices of the measured samples in the run.
+        columns: [e] indices of the measured edges.
+        sample_intensity: [n].
+        sample_kurtosis: [n], NaN for constant samples.
+        sample_correlation: [n], mean correlation with the other samples, NaN for constant samples.
+        sample_histogram: [n, bins] int64.
+        strength: [e], mean |W| of each edge.
+        source_entropy: [n_sources], NaN for a source without outgoing strength among the measured edges.
+    """
+
+    dense: bool
+    n_samples: int
+    n_unfinished: int
+    n_constant: int
+    n_entries: int
+    bins: int
+    upper: float
+    log_base: float
+    n_above: int
+    intensity: float
+    complexity: float
+    kurtosis: float | None
+    diversity: float | None
+    output_entropy: float | None
+    rows: Integers = field(repr=False)
+    columns: Integers = field(repr=False)
+    sample_intensity: Doubles = field(repr=False)
+    sample_kurtosis: Doubles = field(repr=False)
+    sample_correlation: Doubles = field(repr=False)
+    sample_histogram: Integers = field(repr=False)
+    strength: Doubles = field(repr=False)
+    source_entropy: Doubles = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, parameters and `source_entropy`, JSON-ready (NaN becomes None); arrays a sample stay out."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        entropy = [None if math.isnan(value) else value for value in self.source_entropy.tolist()]
+        return plain | {"source_entropy": entropy}
+
+
+def measure(
+    run: ScoredRun,
+    *,
+    rows: npt.ArrayLike | None = None,
+    columns: npt.ArrayLike | None = None,
+    dense: bool = False,
+    bins: int = DEFAULT_BINS,
+    upper: float | None = None,
+    log_base: float = math.e,
+    backend: Backend = "native",
+) -> Metrics:
+    """Measure a run. Rows that are not done are left out and counted in `n_unfinished`.
+
+    Args:
+        rows: indices or a boolean mask of samples; None for all.
+        columns: indices or a boolean mask of edges; None for all.
+        dense: count structural zeros too: all pairs of a source and a destination that are no edge, among
+            the sources and the destinations that `columns` touches.
+        bins, upper: the histogram's; `upper` None for the largest |W| measured. Entropies of two
+            measurements compare only if both are the same.
+        log_base: of the entropies.
+        backend: see `eaptk.sweep`.
+
+    Raises:
+        EaptkError: nothing to measure, a score is NaN or infinite, or all scores are 0 and `upper` is None.
+    """
+    if not (log_base > 0 and log_base != 1 and math.isfinite(log_base)):
+        raise EaptkError(f"log_base is {log_base}; it must be positive and not 1")
+    row_index, n_unfinished = _finished(run, rows)
+    column_index = _edge_columns(run.graph, columns)
+    scores = run.scores
+    selection = None if columns is None else column_index
+    if upper is None:
+        upper = float(sweep(scores, row_index, selection, backend=backend).max_abs.max())
+        if upper == 0:
+            raise EaptkError(
+                f"every score of {run.path} that was selected is 0; give the histogram an upper end"
+            )
+    n_zeros = _structural_zeros(run.graph, column_index) if dense else 0
+    swept = sweep(scores, row_index, selection, bins=bins, upper=upper, backend=backend).with_zeros(n_zeros)
+    assert swept.histogram is not None
+    assert swept.above is not None
+    if not swept.histogram.any():
+        raise EaptkError(
+            f"no |W| is as small as {upper}, where the histogram ends; give it a larger upper end"
+        )
+
+    n = len(row_index)
+    varies = swept.min < swept.max
+    kurtosis = np.full(n, np.nan)
+    kurtosis[varies] = swept.m4[varies] / swept.m2[varies] ** 2 - 3
+    correlation = _mean_correlations(scores, row_index, selection, swept, varies, backend)
+    uniform = np.full((1, n), 1 / n)
+    strength = weighted_column_sums(scores, uniform, row_index, selection, absolute=True, backend=backend)[0]
+    source_entropy = _source_entropies(run.graph, column_index, strength, log_base)
+    has_strength = ~np.isnan(source_entropy)
+    sample_intensity = swept.sum_abs / swept.count
+    return Metrics(
+        dense=dense,
+        n_samples=n,
+        n_unfinished=n_unfinished,
+        n_constant=int(n - varies.sum()),
+        n_entries=int(swept.count[0]),
+        bins=bins,
+        upper=upper,
+        log_base=log_base,
+        n_above=int(swept.above.sum()),
+        intensity=float(sample_intensity.mean()),
+        complexity=float(entropy(swept.histogram.sum(0), log_base)),
+        kurtosis=float(kurtosis[varies].mean()) if varies.any() else None,
+        diversity=float(1 - correlation[varies].mean()) if varies.sum() >= 2 else None,
+        output_entropy=float(source_entropy[has_strength].mean()) if has_strength.any() else None,
+        rows=row_index,
+        columns=column_index,
+        sample_intensity=sample_intensity,
+        sample_kurtosis=kurtosis,
+        sample_correlation=correlation,
+        sample_histogram=swept.histogram,
+        strength=strength,
+        source_entropy=source_entropy,
+    )
+
+
+def entropy(weights: npt.ArrayLike, log_base: float = math.e) -> Doubles:
+    """−Σ p log p over the last axis, p = weights / Σ weights, 0 log 0 = 0; NaN where all weights are 0."""
+    weights = np.asarray(weights, dtype=np.float64)
+    total = weights.sum(-1, keepdims=True)
+    p = np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
+    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+    result: Doubles = -(p * logs).sum(-1) / math.log(log_base)
+    return result
+
+
+def _mean_correlations(
+    scores: Scores,
+    rows: Integers,
+    columns: Integers | None,
+    swept: Sweep,
+    varies: npt.NDArray[np.bool_],
+    backend: Backend,
+) -> Doubles:
+    """[n]: each sample's mean correlation with the others that vary; NaN for constant ones and a lone one."""
+    result = np.full(len(rows), np.nan)
+    n = int(varies.sum())
+    if n < 2:
+        return result
+    rows = rows[varies]
+    length = np.sqrt(swept.m2 * swept.count)[varies]
+    centre = (swept.mean[varies] / length).sum()
+    total = weighted_column_sums(scores, 1 / length[None], rows, columns, backend=backend)[0] - centre
+    # All entries of S, those of structural zeros included, sum to 0: W_i need not be centred for z_i·S, and
+    # its zeros contribute nothing.
+    result[varies] = (row_dots(scores, total, rows, columns, backend=backend) / length - 1) / (n - 1)
+    return result
+
+
+def _source_entropies(graph: Graph, columns: Integers, strength: Doubles, log_base: float) -> Doubles:
+    matrix = np.zeros((graph.n_sources, graph.n_destinations))
+    matrix[graph.edge_source[columns], graph.edge_destination[columns]] = strength
+    return entropy(matrix, log_base)
+
+
+def _structural_zeros(graph: Graph, columns: Integers) -> int:
+    sources = np.unique(graph.edge_source[columns])
+    reach = graph.reach[np.unique(graph.edge_destination[columns])]
+    edges = (sources[:, None] < reach).sum()
+    return int(len(sources) * len(reach) - edges)
+
+
+def _finished(run: ScoredRun, rows: npt.ArrayLike | None) -> tuple[Integers, int]:
+    """The rows to measure, and how many of those asked for are not done."""
+    done = np.asarray(run.done) == 1
+    if rows is None:
+        wanted = np.arange(len(done))
+    else:
+        wanted = np.asarray(rows)
+        if wanted.dtype == bool:
+            if wanted.shape != done.shape:
+                raise EaptkError(f"the sample mask has shape {wanted.shape}; expected {done.shape}")
+            wanted = np.flatnonzero(wanted)
+        wanted = wanted.astype(np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= len(done))]
+        if len(outside):
+            raise EaptkError(f"there is no sample {outside[0]}; they are numbered 0 to {len(done) - 1}")
+        if len(np.unique(wanted)) < len(wanted):
+            raise EaptkError(
+                "a sample is selected twice; its correlation with itself would count as similarity"
+            )
+    finished = wanted[done[wanted]]
+    if not len(finished):
+        raise EaptkError(f"no row of {run.path} that was selected is done; score it first")
+    return finished, len(wanted) - len(finished)
+
+
+def _edge_columns(graph: Graph, columns: npt.ArrayLike | None) -> Integers:
+    if columns is None:
+        return np.arange(graph.n_edges)
+    chosen = np.asarray(columns)
+    if chosen.dtype == bool:
+        if chosen.shape != (graph.n_edges,):
+            raise EaptkError(f"the edge mask has shape {chosen.shape}; expected ({graph.n_edges},)")
+        return np.flatnonzero(chosen)
+    chosen = chosen.astype(np.int64)
+    outside = chosen[(chosen < 0) | (chosen >= graph.n_edges)]
+    if len(outside):
+        raise EaptkError(f"there is no edge {outside[0]}; they are numbered 0 to {graph.n_edges - 1}")
+    return np.unique(chosen)
