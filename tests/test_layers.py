@@ -27,6 +27,7 @@ FLOORS = [
     {"run"},
     {"sweep"},
     {"metrics"},
+    {"resampling"},
     {"comparison"},
     {"figures"},
     {"cli"},
