@@ -1,0 +1,238 @@
+"""Pictures of a run's edges and of a comparison (matplotlib, no global state, no display needed).
+
+Rows of a heatmap are sources in order of writing, columns destinations in order of reading. Pairs without an
+edge are grey, as are edges that were not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure, SubFigure
+
+from eaptk.comparison import Comparison, relative_change
+from eaptk.errors import EaptkError
+from eaptk.graph import Graph, Node
+from eaptk.metrics import METRICS
+from eaptk.sweep import Doubles, Integers
+
+_NO_EDGE = "#e9e9ec"
+_INK = "#333340"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    # Ids in an SVG are random without a salt; the same comparison is to give the same bytes.
+    "svg.hashsalt": "eaptk",
+}
+
+#: Strengths are heavy-tailed: the logarithmic scale spans at most this many decades below the largest.
+_DECADES = 4
+#: Colours of a relative change end at this percentile of its size, so that a few tiny baselines do not rule.
+_CLIP_PERCENTILE = 95
+#: With at most this many layers of a block graph every node is named.
+_NAMED_LAYERS = 6
+_MOST_LABELS = 12
+
+
+def strength_figure(
+    graph: Graph, strength: npt.ArrayLike, columns: Integers | None = None, title: str = ""
+) -> Figure:
+    """Heatmap of mean |W|, logarithmic colours.
+
+    Args:
+        strength: [e] mean |W| of each of `columns`; None for all edges.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+        axes = figure.subplots()
+        matrix = _matrix(graph, strength, columns)
+        _strength_panel(axes, graph, matrix, _strength_scale([matrix]), title)
+        _strength_bar(figure, [axes])
+        return figure
+
+
+def change_figure(
+    graph: Graph,
+    baseline: npt.ArrayLike,
+    strength: npt.ArrayLike,
+    columns: Integers | None = None,
+    title: str = "",
+) -> Figure:
+    """Heatmap of each edge's relative change, diverging colours about 0; both [e] mean |W|."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+        axes = figure.subplots()
+        matrix = _matrix(graph, relative_change(baseline, strength), columns)
+        limit = _change_limit([matrix])
+        _change_panel(axes, graph, matrix, limit, title)
+        _change_bar(figure, [axes], limit)
+        return figure
+
+
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Each run's heatmap on one scale, relative changes against the baseline, and every metric's interval."""
+    graph, names, columns = comparison.graph, comparison.names, comparison.metrics[0].columns
+    strengths = [_matrix(graph, metrics.strength, columns) for metrics in comparison.metrics]
+    changes = [_matrix(graph, comparison.relative_change(k), columns) for k in range(1, len(names))]
+    scale, limit = _strength_scale(strengths), _change_limit(changes)
+    # Two runs and their change fit side by side; more runs get a second row, each change below its run.
+    rows, width = (1, 3) if len(names) == 2 else (2, len(names))
+    low = 1.5 + 0.5 * len(changes)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5 * width, 4.7 * rows + low), layout="constrained")
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.7 * rows, low])[:, 0]
+        panels = np.atleast_2d(above.subplots(rows, width))
+        for axes, matrix, name in zip(panels[0], strengths, names, strict=False):
+            _strength_panel(axes, graph, matrix, scale, f"mean |W|: {name}")
+        _strength_bar(above, list(panels[0][: len(names)]))
+        change_panels = panels[0][2:] if rows == 1 else panels[1][1:]
+        for axes, matrix, name in zip(change_panels, changes, names[1:], strict=True):
+            _change_panel(axes, graph, matrix, limit, f"relative change: {names[0]} → {name}")
+        _change_bar(above, list(change_panels), limit)
+        if rows == 2:
+            panels[1][0].set_axis_off()
+        _difference_panels(below, comparison)
+        return figure
+
+
+def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg; returns their paths."""
+    stem = Path(stem)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(paths[0], dpi=160)
+            figure.savefig(paths[1], metadata={"Date": None})
+    except OSError as error:
+        raise EaptkError(f"cannot write the picture {stem}: {error.strerror}") from error
+    return paths
+
+
+def _matrix(graph: Graph, values: npt.ArrayLike, columns: Integers | None) -> Doubles:
+    """[n_sources, n_destinations], NaN where there is nothing to show."""
+    columns = np.arange(graph.n_edges) if columns is None else columns
+    matrix = np.full((graph.n_sources, graph.n_destinations), np.nan)
+    matrix[graph.edge_source[columns], graph.edge_destination[columns]] = values
+    return matrix
+
+
+def _strength_scale(matrices: Sequence[Doubles]) -> LogNorm:
+    positive = np.concatenate([matrix[matrix > 0] for matrix in matrices])
+    if not len(positive):
+        return LogNorm(1e-3, 1)
+    top = positive.max()
+    bottom = max(np.percentile(positive, 1), top * 10.0**-_DECADES)
+    return LogNorm(min(bottom, top / 10), top)
+
+
+def _change_limit(matrices: Sequence[Doubles]) -> float:
+    sizes = np.abs(np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices]))
+    return float(np.percentile(sizes, _CLIP_PERCENTILE)) or 1.0 if len(sizes) else 1.0
+
+
+def _strength_panel(axes: Axes, graph: Graph, matrix: Doubles, scale: LogNorm, title: str) -> None:
+    # An edge of strength 0 is an edge: it takes the lowest colour, where a logarithm would blank it.
+    _heatmap(axes, graph, np.maximum(matrix, scale.vmin or 0), "viridis", scale, title)
+
+
+def _change_panel(axes: Axes, graph: Graph, matrix: Doubles, limit: float, title: str) -> None:
+    _heatmap(axes, graph, matrix, "RdBu_r", Normalize(-limit, limit), title)
+
+
+def _strength_bar(figure: Figure | SubFigure, axes: list[Axes]) -> None:
+    bar = figure.colorbar(axes[0].images[0], ax=axes, extend="min", pad=0.02, fraction=0.05, aspect=30)
+    bar.set_label("mean |W|")
+    bar.outline.set_visible(False)
+
+
+def _change_bar(figure: Figure | SubFigure, axes: list[Axes], limit: float) -> None:
+    bar = figure.colorbar(axes[0].images[0], ax=axes, extend="both", pad=0.02, fraction=0.05, aspect=30)
+    bar.set_label(f"relative change, clipped at ±{100 * limit:.3g}% ({_CLIP_PERCENTILE}th percentile)")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0")
+    bar.outline.set_visible(False)
+
+
+def _heatmap(axes: Axes, graph: Graph, matrix: Doubles, colours: str, scale: Normalize, title: str) -> None:
+    palette = matplotlib.colormaps[colours].with_extremes(bad=_NO_EDGE)
+    axes.imshow(np.ma.masked_invalid(matrix), cmap=palette, norm=scale, aspect="auto")
+    axes.set_title(title)
+    _ticks(axes.xaxis, graph, graph.destinations, "destination")
+    _ticks(axes.yaxis, graph, graph.sources, "source")
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
+    """Name every node of a small graph; else number the layers, with a minor tick at each boundary."""
+    axis.set_tick_params(length=0)
+    if graph.granularity == "block" and graph.n_layers <= _NAMED_LAYERS:
+        axis.set_label_text(role)
+        axis.set_ticks(
+            range(len(nodes)), [node.name for node in nodes], rotation=90 if role == "destination" else 0
+        )
+        axis.set_tick_params(labelsize=7)
+        return
+    axis.set_label_text(f"{role}, by layer")
+    layer = np.array([node.layer for node in nodes])
+    step = -(-graph.n_layers // _MOST_LABELS)
+    ticks = [(np.flatnonzero(layer == k).mean(), str(k)) for k in range(0, graph.n_layers, step)]
+    if nodes[-1].kind == "logits":
+        # A number close to the end would run into the word.
+        ticks = [tick for tick in ticks if tick[0] < 0.92 * len(nodes)] + [(len(nodes) - 1, "logits")]
+    axis.set_ticks([place for place, _ in ticks], [label for _, label in ticks])
+    axis.set_ticks(np.flatnonzero(np.diff(layer)) + 0.5, minor=True)
+    axis.set_tick_params(which="minor", length=2.5, color=_INK, width=0.5)
+
+
+def _difference_panels(figure: SubFigure, comparison: Comparison) -> None:
+    """One small panel a metric, in its own units: differences and intervals, 0 dashed."""
+    metrics = [*METRICS, "loss"]
+    colours = {"up": "#b2182b", "down": "#2166ac", "unresolved": "#8a8a94"}
+    confidence = f"{comparison.resampling.confidence:.0%}"
+    figure.suptitle(
+        f"difference to {comparison.names[0]} with {confidence} paired bootstrap interval, "
+        f"{len(comparison.sample_ids):,} pairs (grey: the interval holds 0)",
+        fontsize=10,
+    )
+    for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
+        shown = [d for d in comparison.differences if d.metric == metric]
+        axes.axvline(0, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        for row, d in enumerate(shown):
+            axes.plot(
+                [d.low, d.high], [row, row], color=colours[d.direction], linewidth=2.5, solid_capstyle="butt"
+            )
+            axes.plot(d.difference, row, "o", color=colours[d.direction], markersize=6)
+            axes.annotate(
+                f"{d.value_baseline:.3g} → {d.value:.3g}",
+                (d.difference, row),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
+        axes.set_title(metric)
+        axes.set_ylim(len(shown) - 0.4, -0.75)
+        axes.set_yticks(
+            range(len(shown)), [d.run for d in shown] if metric == metrics[0] else [""] * len(shown)
+        )
+        axes.margins(x=0.25)
+        axes.locator_params(axis="x", nbins=4)
+        axes.tick_params(axis="x", length=2, labelsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)

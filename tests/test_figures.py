@@ -1,0 +1,115 @@
+"""Pictures: what they show, and that they are made without a display and the same each time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from runs import make_run
+
+from eaptk.comparison import compare
+from eaptk.errors import EaptkError
+from eaptk.figures import change_figure, comparison_figure, save_figure, strength_figure
+from eaptk.graph import Graph
+from eaptk.resampling import Resampling
+
+GRAPHS = {
+    "small": Graph(2, 4, 2),
+    "deep": Graph(32, 4, 2, qkv="merged"),
+    "head": Graph(4, 4, 2, granularity="head"),
+}
+
+
+def compared(graph, n_runs=2, **options):
+    runs = [
+        replace(make_run(10, seed, graph), path=Path(f"runs/r{seed}"), loss=np.arange(10.0) + seed)
+        for seed in range(n_runs)
+    ]
+    return compare(runs, resampling=Resampling(n_resamples=100), **options)
+
+
+def heatmaps(figure):
+    return [axes.images[0] for axes in figure.axes if axes.images]
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_heatmap_holds_every_edge_and_nothing_else(graph):
+    graph = GRAPHS[graph]
+    strength = np.random.default_rng(0).lognormal(size=graph.n_edges)
+    shown = heatmaps(strength_figure(graph, strength))[0].get_array()
+    assert shown.shape == (graph.n_sources, graph.n_destinations)
+    np.testing.assert_array_equal(np.ma.getmaskarray(shown), graph.matrix(strength) == 0)
+    ordinary = strength > np.percentile(strength, 2)
+    np.testing.assert_array_equal(graph.pack(shown.filled())[ordinary], strength[ordinary])
+
+
+def test_strengths_of_zero_stay_visible_as_edges():
+    graph = GRAPHS["small"]
+    strength = np.ones(graph.n_edges)
+    strength[3] = 0
+    shown = heatmaps(strength_figure(graph, strength))[0].get_array()
+    assert np.ma.count(shown) == graph.n_edges
+
+
+def test_change_is_symmetric_about_zero_and_says_where_it_is_clipped():
+    graph = GRAPHS["small"]
+    strength = np.linspace(1, 2, graph.n_edges)
+    strength[0] = 1000
+    figure = change_figure(graph, np.ones(graph.n_edges), strength)
+    image = heatmaps(figure)[0]
+    clip = np.percentile(strength - 1, 95)
+    assert (image.norm.vmin, image.norm.vmax) == pytest.approx((-clip, clip))
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert any(f"clipped at ±{100 * clip:.3g}% (95th percentile)" in label for label in labels)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("n_runs", [2, 3])
+def test_a_comparison_shows_each_run_each_change_and_each_metric(graph, n_runs):
+    figure = comparison_figure(compared(GRAPHS[graph], n_runs))
+    titles = [axes.get_title() for axes in figure.axes]
+    for k in range(n_runs):
+        assert f"mean |W|: r{k}" in titles
+    for k in range(1, n_runs):
+        assert f"relative change: r0 → r{k}" in titles
+    for metric in ("intensity", "complexity", "kurtosis", "diversity", "loss"):
+        assert metric in titles
+    scales = {(image.norm.vmin, image.norm.vmax) for image in heatmaps(figure)[:n_runs]}
+    assert len(scales) == 1
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_labels_do_not_overlap(graph):
+    figure = strength_figure(GRAPHS[graph], np.ones(GRAPHS[graph].n_edges))
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_edges_that_were_not_measured_are_blank():
+    graph = GRAPHS["small"]
+    shown = heatmaps(comparison_figure(compared(graph, columns=[2, 7])))[0].get_array()
+    assert np.ma.count(shown) == 2
+
+
+def test_the_same_comparison_gives_the_same_bytes(tmp_path):
+    first, again = (
+        save_figure(comparison_figure(compared(GRAPHS["small"])), tmp_path / name / "comparison")
+        for name in ("first", "again")
+    )
+    for one, other in zip(first, again, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert [path.suffix for path in first] == [".png", ".svg"]
+    assert matplotlib.image.imread(first[0]).std() > 0.1
+
+
+def test_a_picture_that_cannot_be_written_ends_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    figure = strength_figure(GRAPHS["small"], np.ones(GRAPHS["small"].n_edges))
+    with pytest.raises(EaptkError, match="cannot write the picture"):
+        save_figure(figure, tmp_path / "file" / "picture")
