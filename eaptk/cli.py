@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from eaptk.graph import Graph
+    from eaptk.metrics import Metrics
     from eaptk.store import Run
 
 app = typer.Typer(
@@ -164,6 +165,106 @@ def inspect(
 
 
 @app.command()
+def metrics(
+    run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    dense: Annotated[
+        bool,
+        typer.Option(
+            "--dense", help="Also count the zeros of pairs that are no edge, as the paper's numbers do."
+        ),
+    ] = False,
+    bins: Annotated[int, typer.Option(min=1, help="Bins of the histogram of |W|.")] = 100,
+    upper: Annotated[
+        float | None, typer.Option("--range", help="Where the histogram ends; default: the largest |W|.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw mean |W| of every edge to PICTURE.png and PICTURE.svg.")
+    ] = None,
+) -> None:
+    """Measure a run: activation intensity, information complexity, kurtosis, diversity, output entropy.
+
+    Entropies depend on bins and range: give the same ones to runs you want to hold side by side, or better,
+    use compare. Rows that are not done yet are left out and counted.
+
+    Examples:
+
+      eaptk metrics runs/rl
+
+      eaptk metrics runs/rl --dense --bins 50 --range 0.01 --json rl.json
+    """
+    from rich.console import Console
+
+    from eaptk.metrics import measure
+    from eaptk.store import Run
+
+    opened = Run.open(run)
+    found = [
+        measure(opened, dense=convention, bins=bins, upper=upper) for convention in (False, True)[: 1 + dense]
+    ]
+    Console().print(_metrics_table(str(run), found))
+    if json_file is not None:
+        _write_json(json_file, {("dense" if m.dense else "real"): m.to_dict() for m in found})
+    if picture is not None:
+        from eaptk.figures import save_figure, strength_figure
+
+        figure = strength_figure(opened.graph, found[0].strength, title=f"mean |W|: {opened.path.name}")
+        print("wrote", *save_figure(figure, picture))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories; the first is the baseline.", metavar="RUN")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for comparison.csv, .json, .png, .svg and edges.parquet.")
+    ] = None,
+    dense: Annotated[
+        bool,
+        typer.Option("--dense", help="Count the zeros of pairs that are no edge, as the paper's numbers do."),
+    ] = False,
+    bins: Annotated[int, typer.Option(min=1, help="Bins of the histogram of |W|.")] = 100,
+    upper: Annotated[
+        float | None,
+        typer.Option("--range", help="Where the histogram ends; default: the largest |W| of all runs."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    resamples: Annotated[int, typer.Option(help="Bootstrap draws, and permutations.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of both.")] = 0,
+) -> None:
+    """Compare runs on the samples they share, paired by id: values, differences, intervals, tests, effect sizes.
+
+    Samples of one group are resampled together. p-values are corrected for the number of metrics and runs.
+
+    Examples:
+
+      eaptk compare runs/sft runs/rl
+
+      eaptk compare runs/sft runs/rl runs/dpo --out comparison --dense
+    """
+    from rich.console import Console
+
+    from eaptk.comparison import compare as compare_runs
+    from eaptk.resampling import Resampling
+    from eaptk.store import Run
+
+    comparison = compare_runs(
+        [Run.open(run) for run in runs],
+        dense=dense,
+        bins=bins,
+        upper=upper,
+        resampling=Resampling(confidence, resamples, seed),
+    )
+    Console().print(comparison.to_table())
+    if out is not None:
+        from eaptk.figures import comparison_figure, save_figure
+
+        written = comparison.write(out) + save_figure(comparison_figure(comparison), out / "comparison")
+        print("wrote", *written)
+
+
+@app.command()
 def check(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the hub.")],
     edges: Annotated[
@@ -213,6 +314,40 @@ def check(
             f"{model}: {', '.join(failed)} does not hold: its scores would be wrong; if you registered the "
             f"architecture, compare the entry with the model's code"
         )
+
+
+def _metrics_table(name: str, found: list[Metrics]) -> Table:
+    from rich.table import Table
+
+    first = found[0]
+    unfinished = f" ({first.n_unfinished:,} not done)" if first.n_unfinished else ""
+    table = Table(title=f"{name}: {first.n_samples:,} samples{unfinished}", title_justify="left")
+    table.add_column("metric")
+    for each in found:
+        table.add_column("dense, zeros counted" if each.dense else "real edges", justify="right")
+    for metric in ("intensity", "complexity", "kurtosis", "diversity", "output_entropy"):
+        values = [getattr(each, metric) for each in found]
+        shown = ["undefined" if value is None else f"{value:.6g}" for value in values]
+        table.add_row(metric.replace("_", " "), *shown)
+    for label, fact in (
+        ("entries a sample", "n_entries"),
+        ("histogram bins", "bins"),
+        ("histogram range", "upper"),
+        ("entries above it", "n_above"),
+        ("constant samples", "n_constant"),
+    ):
+        values = [getattr(each, fact) for each in found]
+        table.add_row(label, *(f"{v:,}" if isinstance(v, int) else f"{v:.6g}" for v in values), style="dim")
+    return table
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    import json
+
+    try:
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise EaptkError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _run_facts(run: Run) -> Table:
