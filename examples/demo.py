@@ -1,8 +1,8 @@
 """The main job from nothing to a picture: train a small model, score two of its checkpoints, compare them.
 
-A Qwen2 model of 150,000 parameters learns word problems of two and three steps until it
-answers most held-out ones. An early and a late checkpoint answer the same held-out questions; those that
-both get right are scored, every edge of every sample, and compared. No network, no GPU, a few minutes:
+A Qwen2 model of 150,000 parameters learns word problems of two and three steps until it answers most
+held-out ones. An early and a late checkpoint answer the same held-out questions; those that both get right
+are scored, every edge of every sample, and compared. No network, no GPU, one or two minutes:
 
     python examples/demo.py [--out demo_out] [--steps 800] [--questions 300] [--seed 0]
 """
@@ -30,6 +30,7 @@ from arithmetic_problems import (
     training_problems,
 )
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -42,6 +43,7 @@ from eaptk.figures import comparison_figure, save_figure
 
 BATCH = 32
 PROGRESS_QUESTIONS = 100  # held out too, but used to watch training and to pick the early checkpoint
+EARLY_ACCURACY = 0.4  # of the checkpoint that counts as early: half-taught, neither blank nor finished
 MAX_NEW_TOKENS = 48
 MARKER = ".made-by-eaptk-demo"
 
@@ -112,7 +114,7 @@ def train(
 
 
 def answer(model: Qwen2ForCausalLM, tokenizer: Any, problems: Sequence[Problem]) -> list[str]:
-    """The model's greedy answers."""
+    """The model's greedy answers, without their end token."""
     prompts = tokenizer([problem.question for problem in problems], padding=True, return_tensors="pt")
     with torch.inference_mode():
         full = model.generate(
@@ -177,17 +179,21 @@ def demo(out: Path, steps: int, n_questions: int, seed: int) -> None:
         console.print(f"[dim]{time.monotonic() - started:5.1f} s[/]  {text}")
 
     fresh_folder(out)
+    # So small a model gains little from more threads, and its numbers then do not depend on the cores there are.
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     held_out = held_out_problems(seed + 1, PROGRESS_QUESTIONS + n_questions)
     watch, exam = held_out[:PROGRESS_QUESTIONS], held_out[PROGRESS_QUESTIONS:]
 
-    say(
-        f"Training a Qwen2 model of {model.num_parameters():,} parameters on {steps * BATCH:,} word problems."
-    )
+    n_problems = steps * BATCH
+    say(f"Training a Qwen2 model of {model.num_parameters():,} parameters on {n_problems:,} word problems.")
     checkpoints = train(model, tokenizer, steps, seed, watch, console)
-    chosen = {"early": min(checkpoints, key=lambda c: abs(c.accuracy - 0.4)), "late": checkpoints[-1]}
+    chosen = {
+        "early": min(checkpoints, key=lambda c: abs(c.accuracy - EARLY_ACCURACY)),
+        "late": checkpoints[-1],
+    }
     answers, right = {}, {}
     for name, checkpoint in chosen.items():
         model.load_state_dict(checkpoint.weights)
@@ -200,7 +206,7 @@ def demo(out: Path, steps: int, n_questions: int, seed: int) -> None:
         if outcome not in right["early"]:
             continue
         i = right["early"].index(outcome)
-        console.print(f"\n         [bold]{exam[i].question}[/]")
+        console.print(Padding(f"[bold]{exam[i].question}[/]", (1, 0, 0, 9)))
         for name in chosen:
             mark = "[green]right[/]" if right[name][i] else "[red]wrong[/]"
             console.print(f"         {name:>5} {mark} {answers[name][i]}")
@@ -213,17 +219,22 @@ def demo(out: Path, steps: int, n_questions: int, seed: int) -> None:
             f"both checkpoints were right on {len(kept)} questions; train longer, with --steps"
         )
     write_questions(out / "questions.jsonl", kept)
-    say(f"Scoring both on the {len(kept)} questions that both got right, every edge between heads.")
+    say(f"Scoring both on the {len(kept)} questions both got right, at head granularity.")
     comparison = score_and_compare(out)
     say(f"Compared {len(comparison.sample_ids)} pairs over {comparison.graph.n_edges} edges.\n")
     console.print(comparison.to_table())
     console.print(f"""
-Picture: {out / "comparison.png"}. Tables: {out / "comparison.csv"}, {out / "comparison.json"}.
+The surer a model is of its answers, the smaller its gradients and with them
+its scores: that is why the loss stands beside them.
+
+  picture  {out / "comparison.png"}
+  tables   {out / "comparison.csv"}, {out / "edges.parquet"}
+
 Go on with
 
-    .venv/bin/eaptk compare {out / "runs/early"} {out / "runs/late"}
-    .venv/bin/eaptk inspect {out / "runs/late"}
-    .venv/bin/eaptk check {out / "late"}
+  .venv/bin/eaptk compare {out / "runs/early"} {out / "runs/late"}
+  .venv/bin/eaptk inspect {out / "runs/late"}
+  .venv/bin/eaptk check {out / "late"}
 """)
 
 
@@ -236,6 +247,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
+    if min(options.steps, options.questions) < 1:
+        parser.error("--steps and --questions must be at least 1")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
