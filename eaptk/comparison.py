@@ -124,6 +124,7 @@ class Comparison:
 
     def to_table(self) -> Table:
         """For the terminal (rich)."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         baseline = self.names[0]
@@ -134,29 +135,39 @@ class Comparison:
             + (f" ({dropped:,} samples without a finished partner left out)" if dropped else ""),
             title_justify="left",
             caption=f"intervals: paired bootstrap, {self.resampling.confidence:.0%}; p: paired permutation, "
-            f"Holm-corrected over metrics (not for the loss, which is shown beside); d_z: paired effect size",
+            f"Holm-corrected over metrics (not for the loss, which is shown beside); d_z: paired effect size; "
+            f"?: the interval holds 0",
             caption_justify="left",
+            # Narrow enough that no number is cut short on a terminal of 80 columns.
+            box=SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
         )
         for heading in ("metric", *(["run"] if several else [])):
             table.add_column(heading)
         value = "value" if several else self.names[1]
-        for heading in (baseline, value, "difference", "interval", "p", "d_z", "pairs"):
-            table.add_column(heading, justify="right")
-        table.add_column("")
-        arrow = {"up": "↑ up", "down": "↓ down", "unresolved": "[dim]unresolved[/]"}
-        for d in self.differences:
+        pairs = [
+            f"{d.n_pairs:,}" + (f" in {d.n_groups:,}" if d.n_groups < d.n_pairs else "")
+            for d in self.differences
+        ]
+        # The title has their number already, unless some metric or some groups make it another.
+        uneven = set(pairs) != {f"{len(self.sample_ids):,}"}
+        headings = (baseline, value, "difference", "interval", "p", "d_z", *(["pairs"] if uneven else []))
+        for heading in headings:
+            table.add_column(heading, justify="right", overflow="fold")
+        arrow = {"up": "↑", "down": "↓", "unresolved": "?"}
+        for d, counted in zip(self.differences, pairs, strict=True):
             p = d.p if d.p_holm is None else d.p_holm
             table.add_row(
                 d.metric,
                 *([d.run] if several else []),
-                f"{d.value_baseline:.4g}",
-                f"{d.value:.4g}",
-                f"{d.difference:+.3g}",
+                f"{d.value_baseline:.3g}",
+                f"{d.value:.3g}",
+                f"{arrow[d.direction]} {d.difference:+.3g}",
                 f"[{d.low:+.3g}, {d.high:+.3g}]".replace("[", r"\["),
                 f"{p:.2g}",
                 "–" if d.effect is None else f"{d.effect:+.2f}",
-                f"{d.n_pairs:,}" + (f" in {d.n_groups:,}" if d.n_groups < d.n_pairs else ""),
-                arrow[d.direction],
+                *([counted] if uneven else []),
                 end_section=d.metric == "loss",
             )
         return table

@@ -256,7 +256,7 @@ def test_the_table_shows_both_values_and_the_interval_of_every_metric(n_runs):
     console.print(found.to_table())
     text = console.export_text()
     for d in found.differences:
-        for shown in (d.metric, f"{d.value:.4g}", f"[{d.low:+.3g}, {d.high:+.3g}]"):
+        for shown in (d.metric, f"{d.value:.3g}", f"[{d.low:+.3g}, {d.high:+.3g}]"):
             assert shown in text
 
 
