@@ -64,7 +64,7 @@ const float* load(const Rows& rows, std::int64_t i, std::int64_t begin, int n, f
 // Central moments of elements seen so far; `merge` follows Pébay (2008), eqs. 2.1 and 3.1.
 class Accumulator {
 public:
-    // The shift of a block is within rounding of its mean, so moving to the exact mean cancels nothing.
+    // The kernels' shifts are close to a block's mean, so that moving to the exact mean cancels next to nothing.
     void merge(const BlockSums& b) {
         const double delta = b.s1 / b.n, delta2 = delta * delta;
         const double m2 = b.s2 - b.n * delta2;
@@ -122,56 +122,58 @@ void add_pairs(const std::uint16_t* table, int slots, std::int64_t* totals) {
     }
 }
 
-// Counters and slots in flight of one thread; see Tally.
+// The table of one thread and its indices in flight; see Tally.
 class Histogram {
 public:
     Histogram(const Binning& binning, std::int64_t row_length)
         : binning_(&binning), slots_(binning.slots()),
-          // Adding up all pairs once a row must cost little beside the row itself.
-          paired_(row_length >= 2 * kTables * slots_ * slots_), counters_(paired_ ? slots_ * slots_ : slots_) {
+          // 16-bit words hold slots, and adding up all pairs once a row must cost little beside the row itself.
+          paired_(slots_ < 32768 && row_length >= slots_ * slots_),
+          counters_(paired_ ? slots_ * slots_ : slots_), origin_(paired_ ? slots_ + 1 : 1),
+          length_(paired_ ? kBlock / 2 : kBlock), totals_(slots_) {
         if (paired_) {
-            pairs_.resize(kTables * stride());
+            pairs_.resize(counters_ + 2 * kLanes);
         } else {
-            singles_.resize(kTables * stride());
+            singles_.resize(counters_ + 2 * kLanes);
         }
-        length_ = paired_ ? kBlock / 2 : kBlock;
-        for (auto& buffer : in_flight_) buffer.assign(length_, nowhere());
-        totals_.resize(slots_);
+        for (auto& buffer : in_flight_) buffer.resize(length_);
+        for (int i = 0; i < length_; ++i) {
+            nothing_.push_back(std::int32_t(counters_ - origin_ + kLanes + i % kLanes));
+        }
     }
 
     bool paired() const { return paired_; }
 
-    // Before a block: what the kernel is to fill and to count.
+    // Before a block: what the kernel is to fill and to count. All blocks of a row but the last are full.
     Tally begin_block() {
+        const std::int32_t* previous = pending_ ? in_flight_[current_].data() : nothing_.data();
         current_ ^= 1;
-        Tally tally{binning_, paired_, int(counters_), {}, {}, in_flight_[current_].data(), in_flight_[current_ ^ 1].data()};
-        for (int t = 0; t < kTables; ++t) {
-            if (paired_) {
-                tally.pairs[t] = pairs_.data() + t * stride();
-            } else {
-                tally.singles[t] = singles_.data() + t * stride();
-            }
-        }
-        return tally;
+        return {binning_,
+                paired_,
+                paired_ ? pairs_.data() + origin_ : nullptr,
+                paired_ ? nullptr : singles_.data() + origin_,
+                int(counters_ - origin_),
+                in_flight_[current_].data(),
+                previous};
     }
 
-    // After a block of n elements: the kernel counted as many of the previous block's slots as it wrote itself.
+    // After a block of n elements: the kernel counted as many of the previous block's indices as it wrote itself.
     void end_block(const Tally& tally, int n) {
         const int written = paired_ ? n / 2 : n;
-        count(tally, tally.previous, written, length_);
-        std::fill(in_flight_[current_].begin() + written, in_flight_[current_].end(), nowhere());
-        // A 16-bit counter takes at most kBlock / 2 / kTables a block; the spare one may wrap, nobody reads it.
-        if (paired_ && ++blocks_ == 65535 / (kBlock / 2 / kTables) - 1) flush();
+        count(tally, tally.previous, written, pending_);
+        pending_ = written;
+        // A 16-bit counter takes at most kBlock / 2 a block.
+        if (paired_ && ++blocks_ == 65535 / (kBlock / 2) - 1) flush();
     }
 
     void count_tail(const float* x, int n) {
-        for (int i = 0; i < n; ++i) ++totals_[binning_->slot(x[i])];
+        for (int i = 0; i < n; ++i) ++totals_[binning_->slot(x[i]) + 1];
     }
 
     void end_row(std::int64_t* counts, std::int64_t* above) {
         const Tally tally = begin_block();
-        count(tally, tally.previous, 0, length_);
-        for (auto& buffer : in_flight_) std::fill(buffer.begin(), buffer.end(), nowhere());
+        count(tally, tally.previous, 0, pending_);
+        pending_ = 0;
         flush();
         const int n = binning_->n;
         counts[0] = totals_[0] + totals_[1];
@@ -181,21 +183,13 @@ public:
     }
 
 private:
-    // Where a slot in flight that stands for no element is counted.
-    std::uint32_t nowhere() const { return std::uint32_t(counters_ + kLanes); }
-    std::int64_t stride() const { return counters_ + kLanes + 1; }
-
     void flush() {
-        for (int t = 0; t < kTables; ++t) {
-            if (paired_) {
-                const std::uint16_t* table = pairs_.data() + t * stride();
-                add_pairs(table, int(slots_), totals_.data());
-                for (int lane = 0; lane < kLanes; ++lane) totals_[1] += 2 * table[counters_ + lane];
-            } else {
-                const std::uint32_t* table = singles_.data() + t * stride();
-                for (std::int64_t s = 0; s < slots_; ++s) totals_[s] += table[s];
-                for (int lane = 0; lane < kLanes; ++lane) totals_[1] += table[counters_ + lane];
-            }
+        if (paired_) {
+            add_pairs(pairs_.data(), int(slots_), totals_.data());
+            for (int lane = 0; lane < kLanes; ++lane) totals_[1] += 2 * pairs_[counters_ + lane];
+        } else {
+            for (std::int64_t s = 0; s < slots_; ++s) totals_[s] += singles_[s];
+            for (int lane = 0; lane < kLanes; ++lane) totals_[1] += singles_[counters_ + lane];
         }
         std::fill(pairs_.begin(), pairs_.end(), std::uint16_t(0));
         std::fill(singles_.begin(), singles_.end(), 0u);
@@ -205,12 +199,12 @@ private:
     const Binning* binning_;
     std::int64_t slots_;
     bool paired_;
-    std::int64_t counters_;
-    int length_ = 0, current_ = 0, blocks_ = 0;
+    std::int64_t counters_, origin_;  // the table's size, and where its index 0 lies
+    int length_, current_ = 0, pending_ = 0, blocks_ = 0;
     std::vector<std::uint16_t> pairs_;
     std::vector<std::uint32_t> singles_;
-    std::vector<std::uint32_t> in_flight_[2];
-    std::vector<std::int64_t> totals_;
+    std::vector<std::int32_t> in_flight_[2], nothing_;  // nothing_: before a row's first block, counters nobody reads
+    std::vector<std::int64_t> totals_;  // [slots], from slot −1
 };
 
 struct SweepWorker {
