@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -61,12 +62,12 @@ def contract(
     device, width = operands[0].device, _width(sources[0])
 
     source_weights = [_source_weight(s, dtype) for s in sources]
-    destination_weights = [_destination_weight(d, dtype) for d in destinations]
-    groups = _groups(destinations)
+    groups = _groups(destinations, dtype)
     n_sources = sum(s.rows for s in sources)
     group_rows = max(group.rows for group in groups)
+    longest = max(lengths)
     chunk = max(MIN_TOKENS, SCRATCH // ((n_sources + group_rows) * width))
-    chunk = min(chunk, max(lengths))
+    chunk = -(-longest // -(-longest // chunk))  # chunks of one size, rather than a small last one
 
     source_scratch = torch.empty(n_sources * chunk * width, dtype=dtype, device=device)
     group_scratch = torch.empty(group_rows * chunk * width, dtype=dtype, device=device)
@@ -85,93 +86,116 @@ def contract(
             for group, total in zip(groups, sums, strict=True):
                 gradients = group_scratch[: group.rows * n * width].view(group.rows, n, width)
                 row = 0
-                for i in group.members:
-                    rows = gradients[row : row + destinations[i].rows]
-                    _expand_destination(destinations[i], destination_weights[i], b, tokens, rows)
-                    row += destinations[i].rows
+                for reader in group.readers:
+                    reader.expand(b, tokens, gradients[row : row + reader.rows])
+                    row += reader.rows
                 total += _product(gradients, expanded[: group.reach])
         column = 0
         for group, total in zip(groups, sums, strict=True):
-            row = 0
-            for i in group.members:
-                n_rows, reach = destinations[i].rows, destinations[i].reach
-                block = scores[b, column : column + n_rows * reach].view(n_rows, reach)
-                block.copy_(total[row : row + n_rows, :reach])
-                row, column = row + n_rows, column + n_rows * reach
+            for row, reach in enumerate(group.reaches):
+                scores[b, column : column + reach] = total[row, :reach]
+                column += reach
     return scores if sources[0].replacement is not None else scores.neg_()
+
+
+class _Reader:
+    """Consecutive destinations behind one norm: their gradients go back through it together."""
+
+    def __init__(self, members: Sequence[Destination], dtype: torch.dtype) -> None:
+        self.members = members
+        self.norm = members[0].norm
+        self.rows = sum(member.rows for member in members)
+        #: [rows, head_dim, D], with the norm's gain, and the removal of the mean, folded in.
+        self.weight: Tensor | None = None
+        if members[0].weight is not None:
+            assert self.norm is not None
+            weights = [member.weight for member in members if member.weight is not None]
+            self.weight = torch.cat(weights).to(dtype) * self.norm.gain.to(dtype)
+            if self.norm.centred:
+                self.weight -= self.weight.mean(-1, keepdim=True)
+
+    def expand(self, b: int, tokens: slice, out: Tensor) -> None:
+        """Write G of `tokens` into out [rows, t, D]."""
+        norm = self.norm
+        if norm is None:
+            for row, member in zip(out, self.members, strict=True):
+                row.copy_(member.gradient[b, tokens])
+            return
+        stream = norm.stream[b, tokens].to(out.dtype)
+        if norm.centred:
+            stream = stream - stream.mean(-1, keepdim=True)
+        rho = torch.rsqrt(stream.square().mean(-1, keepdim=True) + norm.eps)
+        normed = stream * rho
+        if self.weight is None:
+            scale = rho * norm.gain.to(out.dtype)
+            for row, member in zip(out, self.members, strict=True):
+                torch.mul(member.gradient[b, tokens], scale, out=row)
+            if norm.centred:
+                out -= out.mean(-1, keepdim=True)
+        else:
+            narrow = torch.empty(
+                out.shape[1], self.rows, self.weight.shape[1], dtype=out.dtype, device=out.device
+            )
+            parts = narrow.split([member.rows for member in self.members], dim=1)
+            for part, member in zip(parts, self.members, strict=True):
+                torch.mul(member.gradient[b, tokens], rho.unsqueeze(1), out=part)
+            torch.bmm(narrow.transpose(0, 1), self.weight, out=out)
+        along = torch.linalg.vecdot(out, normed.unsqueeze(0))
+        out.addcmul_(along.unsqueeze(-1), normed.unsqueeze(0), value=-1 / normed.shape[-1])
 
 
 @dataclass(frozen=True)
 class _Group:
     """Consecutive destinations contracted in one product."""
 
-    members: range
-    rows: int
-    reach: int
+    readers: list[_Reader]
+
+    @property
+    def rows(self) -> int:
+        return sum(reader.rows for reader in self.readers)
+
+    @property
+    def reaches(self) -> list[int]:
+        """[rows]: source rows that each destination row reads."""
+        members = [member for reader in self.readers for member in reader.members]
+        return [member.reach for member in members for _ in range(member.rows)]
+
+    @property
+    def reach(self) -> int:
+        return self.reaches[-1]
+
+
+def _groups(destinations: Sequence[Destination], dtype: torch.dtype) -> list[_Group]:
+    groups: list[_Group] = []
+    readers: list[_Reader] = []
+    for _, members in groupby(destinations, key=lambda d: (id(d.norm), d.weight is None)):
+        readers.append(_Reader(list(members), dtype))
+        if sum(reader.rows for reader in readers) >= GROUP_ROWS:
+            groups.append(_Group(readers))
+            readers = []
+    return [*groups, _Group(readers)] if readers else groups
 
 
 def _width(source: Source) -> int:
     return (source.value if source.weight is None else source.weight).shape[-1]
 
 
-def _groups(destinations: Sequence[Destination]) -> list[_Group]:
-    groups: list[_Group] = []
-    first = rows = 0
-    for i, destination in enumerate(destinations):
-        rows += destination.rows
-        if rows >= GROUP_ROWS or i == len(destinations) - 1:
-            groups.append(_Group(range(first, i + 1), rows, destination.reach))
-            first, rows = i + 1, 0
-    return groups
-
-
 def _source_weight(source: Source, dtype: torch.dtype) -> Tensor | None:
     if source.weight is None:
         return None
     weight = source.weight.to(dtype)
-    return weight if source.gain is None else weight * source.gain.to(dtype)
-
-
-def _destination_weight(destination: Destination, dtype: torch.dtype) -> Tensor | None:
-    if destination.weight is None:
-        return None
-    assert destination.norm is not None
-    weight = destination.weight.to(dtype) * destination.norm.gain.to(dtype)
-    return weight - weight.mean(-1, keepdim=True) if destination.norm.centred else weight
+    return weight.contiguous() if source.gain is None else weight * source.gain.to(dtype)
 
 
 def _expand_source(source: Source, weight: Tensor | None, b: int, tokens: slice, out: Tensor) -> None:
     """Write O_s, or O'_s − O_s, of `tokens` into out [rows, t, D]."""
-    value = source.value[b, tokens].to(out.dtype)
+    value = source.value[b, tokens]
     if source.replacement is not None:
-        value = source.replacement.expand_as(source.value)[b, tokens].to(out.dtype) - value
+        value = source.replacement.expand_as(source.value)[b, tokens].to(out.dtype) - value.to(out.dtype)
     if weight is None:
         out[0].copy_(value)
     else:
-        torch.bmm(value.transpose(0, 1), weight, out=out)
-
-
-def _expand_destination(
-    destination: Destination, weight: Tensor | None, b: int, tokens: slice, out: Tensor
-) -> None:
-    """Write G_d of `tokens` into out [rows, t, D]."""
-    gradient, norm = destination.gradient[b, tokens].to(out.dtype), destination.norm
-    if norm is None:
-        out[0].copy_(gradient)
-        return
-    stream = norm.stream[b, tokens].to(out.dtype)
-    if norm.centred:
-        stream = stream - stream.mean(-1, keepdim=True)
-    rho = torch.rsqrt(stream.square().mean(-1, keepdim=True) + norm.eps)
-    normed = stream * rho
-    if weight is None:
-        torch.mul(gradient, rho * norm.gain.to(out.dtype), out=out[0])
-        if norm.centred:
-            out -= out.mean(-1, keepdim=True)
-    else:
-        torch.bmm((gradient * rho.unsqueeze(1)).transpose(0, 1), weight, out=out)
-    along = torch.linalg.vecdot(out, normed.unsqueeze(0))
-    out.addcmul_(along.unsqueeze(-1), normed.unsqueeze(0), value=-1 / normed.shape[-1])
+        torch.bmm(value.to(out.dtype).transpose(0, 1), weight, out=out)
 
 
 def _product(gradients: Tensor, expanded: Tensor) -> Tensor:
