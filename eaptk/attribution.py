@@ -100,8 +100,7 @@ def attribute(
         EaptkError: the graph is another model's; ablation and loss lack what they need; the loss or a score is
             NaN or infinite (the sample and the edge are named).
     """
-    if not isinstance(batch, Batch):
-        batch = Batch.from_mapping(batch)
+    batch = _as_batch(batch)
     _check_request(batch, ablation, loss, means)
     _check_tokens(batch, model)
     batch = batch.to(next(model.parameters()).device)
@@ -122,14 +121,23 @@ def attribute(
             if means is not None:
                 _check_means(means, run)
             sources = run.sources(replacements)
-        with torch.no_grad():
-            rows = contract(sources, run.destinations(), batch.lengths.tolist())
+        # Autocast would take the contraction's products in half precision.
+        with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
+            try:
+                rows = contract(sources, run.destinations(), batch.lengths.tolist())
+            except ValueError as error:
+                raise EaptkError(
+                    f"architecture entry {sites.architecture.model_type!r} does not describe this model: {error}; "
+                    f"compare its module paths with the model's code"
+                ) from error
     rows = (rows / _loss_scale(model)).cpu()
     _check_finite(rows, batch, graph)
     return EdgeScores(rows, sample_losses.cpu(), graph)
 
 
-def source_means(model: nn.Module, batches: Iterable[Batch], graph: Graph) -> dict[str, Tensor]:
+def source_means(
+    model: nn.Module, batches: Iterable[Batch | Mapping[str, Any]], graph: Graph
+) -> dict[str, Tensor]:
     """Each source's mean output over all real tokens of all batches, for ablation ``"mean"``.
 
     Returns:
@@ -140,7 +148,8 @@ def source_means(model: nn.Module, batches: Iterable[Batch], graph: Graph) -> di
     totals: dict[str, Tensor] = {}
     n_tokens = 0
     with frozen(model):
-        for batch in batches:
+        for batch in map(_as_batch, batches):
+            _check_tokens(batch, model)
             values, _ = _values(model, sites, batch.to(next(model.parameters()).device))
             for name, value in values.items():
                 for row, length in zip(value, batch.lengths.tolist(), strict=True):
@@ -151,6 +160,10 @@ def source_means(model: nn.Module, batches: Iterable[Batch], graph: Graph) -> di
         raise EaptkError("cannot take means over no batches")
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     return {name: (total / n_tokens).to(dtype) for name, total in totals.items()}
+
+
+def _as_batch(batch: Batch | Mapping[str, Any]) -> Batch:
+    return batch if isinstance(batch, Batch) else Batch.from_mapping(batch)
 
 
 def _values(model: nn.Module, sites: Sites, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -248,13 +261,18 @@ def _check_request(
 
 def _check_tokens(batch: Batch, model: nn.Module) -> None:
     n_tokens = len(model.get_input_embeddings().weight)  # type: ignore[operator]
-    for ids in (batch.ids, batch.corrupt_ids):
-        bad = [] if ids is None else ((ids < 0) | (ids >= n_tokens)).nonzero().tolist()
-        if bad:
-            sample, position = bad[0]
+    for name in ("ids", "corrupt_ids", "targets", "foils"):
+        tokens = getattr(batch, name)
+        if tokens is None:
+            continue
+        outside = (tokens < 0) | (tokens >= n_tokens)
+        if name in ("targets", "foils"):
+            outside &= tokens != NO_TARGET
+        if bool(outside.any()):
+            sample, position = outside.nonzero()[0].tolist()
             raise EaptkError(
-                f"sample {batch.names[sample]!r}: token id {int(ids[sample, position])} at position {position} is "  # type: ignore[index]
-                f"outside the vocabulary of {n_tokens}; was it tokenised for another model?"
+                f"sample {batch.names[sample]!r}: token {int(tokens[sample, position])} of its {name} is outside the "
+                f"vocabulary of {n_tokens}; was it tokenised for another model?"
             )
 
 

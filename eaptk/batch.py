@@ -96,15 +96,15 @@ class Batch:
             raise EaptkError(
                 f"a batch mapping needs 'input_ids'; it has {', '.join(map(repr, tensors)) or 'nothing'}"
             )
-        ids = torch.as_tensor(tensors["input_ids"])
+        ids = _integers("input_ids", tensors["input_ids"])
         if ids.ndim != 2 or not len(ids):
             raise EaptkError(
                 f"input_ids has shape {tuple(ids.shape)}; expected [batch, tokens], one sample or more"
             )
-        mask = torch.as_tensor(tensors.get("attention_mask", torch.ones_like(ids))).bool()
-        labels = torch.as_tensor(tensors.get("labels", ids))
+        mask = _integers("attention_mask", tensors.get("attention_mask", torch.ones_like(ids))).bool()
+        labels = _integers("labels", tensors.get("labels", ids))
         corrupt = tensors.get("corrupt_ids")
-        corrupt = None if corrupt is None else torch.as_tensor(corrupt)
+        corrupt = None if corrupt is None else _integers("corrupt_ids", corrupt)
         for name, value in (("attention_mask", mask), ("labels", labels), ("corrupt_ids", corrupt)):
             if value is not None and value.shape != ids.shape:
                 raise EaptkError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}")
@@ -132,6 +132,16 @@ class Batch:
                 f"sample {without[0]} of the batch has no token to predict; give it labels or more tokens"
             )
         return batch
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError) as error:
+        raise EaptkError(f"{name} is no rectangle of numbers; tokenise with padding=True") from error
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise EaptkError(f"{name} holds {tensor.dtype}; expected integers")
+    return tensor.long()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import arithmetic_problems as problems
+import demo
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -15,10 +17,6 @@ from transformers import AutoTokenizer
 import eaptk
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import arithmetic_problems as problems  # noqa: E402
-import demo  # noqa: E402
 
 some = pytest.mark.parametrize(
     "problem",

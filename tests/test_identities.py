@@ -1,0 +1,49 @@
+"""`check`: every identity holds on models that are described right, and breaks where the description is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import NAMES, tiny_model
+
+from eaptk import EaptkError, Graph, architecture, attribute, check, register_architecture
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_identity_holds(name: str, dtype: torch.dtype) -> None:
+    found = check(tiny_model(name, dtype), n_edges=4)
+    assert [f"{c.name}: {c.error}" for c in found if not c.passed] == []
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ({"norm": "layer"}, "direct perturbation"),
+        ({"mlp_write": "self_attn"}, "sources rebuild the stream"),
+        ({"attention_write": "mlp"}, "sources rebuild the stream"),
+        ({"final_norm": "model.layers.0.input_layernorm"}, "sources rebuild the stream"),
+    ],
+    ids=["norm", "mlp", "attention", "final-norm"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_wrong_entry_breaks_the_identity_that_names_it(
+    change: dict[str, str], broken: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", dtype)
+    entry = architecture.find_architecture(model.config)
+    monkeypatch.setitem(architecture._REGISTRY, "llama", entry)
+    register_architecture(dataclasses.replace(entry, **change))
+    assert any(broken in found.name for found in check(model) if not found.passed)
+
+
+def test_an_entry_that_names_a_module_of_another_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float32)
+    entry = architecture.find_architecture(model.config)
+    monkeypatch.setitem(architecture._REGISTRY, "llama", entry)
+    register_architecture(dataclasses.replace(entry, mlp_write="mlp.up_proj"))
+    with pytest.raises(EaptkError, match=r"architecture entry 'llama'.*width"):
+        attribute(model, {"input_ids": torch.tensor([[1, 2, 3]])}, Graph.from_model(model))
