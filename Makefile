@@ -15,7 +15,8 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.cost
+	$(BIN)/python -m benchmarks.sweep
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
