@@ -29,12 +29,12 @@ from torch import Tensor
 
 from .operands import Destination, Source
 
-#: Elements of the scratch that holds one chunk's expanded rows: 12 MB in float32, about a last-level cache.
-SCRATCH = 3 * 2**20
+#: Elements of the scratch that holds one chunk's expanded rows: 32 MB in float32, about a last-level cache.
+SCRATCH = 8 * 2**20
 #: Fewest tokens a chunk holds, however wide the graph: below it the products degenerate to vector ones.
 MIN_TOKENS = 16
 #: Destination rows a group is filled up to.
-GROUP_ROWS = 32
+GROUP_ROWS = 48
 #: Partial products a chunk is split into, added in order: work for several threads, the same bits for any number.
 SPLIT = 8
 
@@ -124,7 +124,8 @@ class _Reader:
         stream = norm.stream[b, tokens].to(out.dtype)
         if norm.centred:
             stream = stream - stream.mean(-1, keepdim=True)
-        rho = torch.rsqrt(stream.square().mean(-1, keepdim=True) + norm.eps)
+        size = torch.linalg.vector_norm(stream, dim=-1, keepdim=True)
+        rho = torch.rsqrt(size.square() / stream.shape[-1] + norm.eps)
         normed = stream * rho
         if self.weight is None:
             scale = rho * norm.gain.to(out.dtype)
