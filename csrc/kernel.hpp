@@ -13,30 +13,28 @@
 
 namespace eaptk {
 
-constexpr int kBlock = 1024;  // elements: 4 KB of scores beside 2 to 4 KB of indices in flight
+constexpr int kBlock = 4096;  // elements
 constexpr int kStep = 32;     // a kernel takes a multiple of this many elements
+constexpr int kRing = 256;    // indices that wait to be counted
+constexpr int kAhead = 256;   // elements between what is read and what is fetched
 constexpr int kLanes = 32;    // counters of bin 0 apart, one a lane: with heavy tails nearly all is there, and
                               // counting in one place would wait for each store to finish
 
-// Sums over one block about a shift close to its mean; `n` elements.
+// Sums over one block of n elements, powers of w − shift.
 struct BlockSums {
     double n, shift, sum_abs, s1, s2, s3, s4;
     float min, max;
 };
 
-// Where |w| is counted. A float32 product decides the bin wherever rounding cannot matter:
-//
-//     t = |w|·scale·(1 ± 2^-21) + (2^23 − 1/2)       (one fused multiply-add, rounded to an integer)
-//
-// holds the bin in its low bits (bin 0 as −1 below a quarter of a bin). If both signs agree, the bin is exact;
-// the few elements where they differ lie next to an edge and are compared with the edges in double.
-// Hence slots −1 … n: slots −1 and 0 are bin 0, slot b is bin b, slot n counts what lies above the last edge.
+// Where |w| is counted: slot b is bin b, slot n what lies above the last edge. A float32 product decides wherever
+// rounding cannot matter: if |w|·scale·(1 − 2^-21) and |w|·scale·(1 + 2^-21) have the same integer part, that is
+// the slot. The few elements where they differ lie next to an edge and are compared with the edges in double.
 struct Binning {
     const double* edges;
     int n;
     float scale_low, scale_high, limit;
 
-    int slots() const { return n + 2; }
+    int slots() const { return n + 1; }
     int slot(float w) const;
 };
 
@@ -44,25 +42,25 @@ struct Binning {
 Binning make_binning(const double* edges, int n);
 
 // Counters of one thread. With `paired` one counter is kept for each pair of slots (first · slots() + second):
-// half the stores, which are what a histogram costs. Indices of the block at hand are written to `indices`, and
-// the previous block's are counted meanwhile, so that no load waits for a store still in flight.
+// half the stores, which are what a histogram costs. Indices wait in a ring before they are counted, so that no
+// load waits for a store still in flight.
 struct Tally {
     const Binning* binning;
     bool paired;
-    // Index 0 of either table is slot 0 (of slots 0 and 0); `lanes` is the first of kLanes counters of bin 0.
-    std::uint16_t* pairs;
-    std::uint32_t* singles;
+    std::uint16_t* pairs;    // [slots, slots], from `lanes` on [kLanes] counters of bin 0
+    std::uint32_t* singles;  // [slots], from `lanes` on the same
     int lanes;
-    std::int32_t* indices;  // [kBlock] or, paired, [kBlock / 2]
-    const std::int32_t* previous;
+    std::int32_t* ring;  // [kRing]
+    int position;        // in the ring, of the oldest index
 };
 
-using Kernel = BlockSums (*)(const float* x, int n, const Tally* tally);
+// Sums of n elements about `shift`; counts them too where `tally` is not null.
+using Kernel = BlockSums (*)(const float* x, int n, double shift, Tally* tally);
 
-// The kernel for this processor; `tally` may be null only for `counting == false`.
+// The kernel for this processor. `tally` is null exactly for `counting == false`.
 Kernel choose_kernel(bool counting, bool paired, bool portable);
 
-// Count indices[begin, end) into the table.
-void count(const Tally& tally, const std::int32_t* indices, int begin, int end);
+// Count indices[0, n).
+void count(Tally& tally, const std::int32_t* indices, int n);
 
 }  // namespace eaptk

@@ -64,7 +64,8 @@ const float* load(const Rows& rows, std::int64_t i, std::int64_t begin, int n, f
 // Central moments of elements seen so far; `merge` follows Pébay (2008), eqs. 2.1 and 3.1.
 class Accumulator {
 public:
-    // The kernels' shifts are close to a block's mean, so that moving to the exact mean cancels next to nothing.
+    // The shift must lie within a few standard deviations of the block's mean, so that moving to the exact mean
+    // cancels next to nothing.
     void merge(const BlockSums& b) {
         const double delta = b.s1 / b.n, delta2 = delta * delta;
         const double m2 = b.s2 - b.n * delta2;
@@ -91,11 +92,21 @@ private:
     Moments total_;
 };
 
-// The last few elements of a row, fewer than a kernel's step.
-BlockSums scalar_sums(const float* x, int n) {
+double mean_of(const float* x, int n) {
     double sum = 0;
     for (int i = 0; i < n; ++i) sum += x[i];
-    BlockSums out{double(n), sum / n, 0, 0, 0, 0, 0, x[0], x[0]};
+    return sum / n;
+}
+
+// Whether the shift misses the block's mean by more than two standard deviations (or is no number).
+bool too_far(const BlockSums& b) {
+    const double delta = b.s1 / b.n;
+    return !(delta * delta <= 4 * (b.s2 / b.n - delta * delta));
+}
+
+// The last few elements of a row, fewer than a kernel's step.
+BlockSums scalar_sums(const float* x, int n) {
+    BlockSums out{double(n), mean_of(x, n), 0, 0, 0, 0, 0, x[0], x[0]};
     for (int i = 0; i < n; ++i) {
         const double d = x[i] - out.shift;
         out.sum_abs += std::fabs(double(x[i]));
@@ -122,94 +133,86 @@ void add_pairs(const std::uint16_t* table, int slots, std::int64_t* totals) {
     }
 }
 
-// The table of one thread and its indices in flight; see Tally.
+// The counters of one thread; see Tally.
 class Histogram {
 public:
     Histogram(const Binning& binning, std::int64_t row_length)
-        : binning_(&binning), slots_(binning.slots()),
+        : slots_(binning.slots()),
           // 16-bit words hold slots, and adding up all pairs once a row must cost little beside the row itself.
-          paired_(slots_ < 32768 && row_length >= slots_ * slots_),
-          counters_(paired_ ? slots_ * slots_ : slots_), origin_(paired_ ? slots_ + 1 : 1),
-          length_(paired_ ? kBlock / 2 : kBlock), totals_(slots_) {
-        if (paired_) {
-            pairs_.resize(counters_ + 2 * kLanes);
-        } else {
-            singles_.resize(counters_ + 2 * kLanes);
-        }
-        for (auto& buffer : in_flight_) buffer.resize(length_);
-        for (int i = 0; i < length_; ++i) {
-            nothing_.push_back(std::int32_t(counters_ - origin_ + kLanes + i % kLanes));
-        }
+          paired_(slots_ < 32768 && row_length >= slots_ * slots_), counters_(paired_ ? slots_ * slots_ : slots_),
+          pairs_(paired_ ? counters_ + 2 * kLanes : 0), singles_(paired_ ? 0 : counters_ + 2 * kLanes),
+          ring_(kRing), totals_(slots_),
+          tally_{&binning, paired_, pairs_.data(), singles_.data(), int(counters_), ring_.data(), 0} {
+        empty_ring();
     }
+
+    // The tally points into the vectors, which a move hands over as they are.
+    Histogram(Histogram&&) = default;
 
     bool paired() const { return paired_; }
 
-    // Before a block: what the kernel is to fill and to count. All blocks of a row but the last are full.
-    Tally begin_block() {
-        const std::int32_t* previous = pending_ ? in_flight_[current_].data() : nothing_.data();
-        current_ ^= 1;
-        return {binning_,
-                paired_,
-                paired_ ? pairs_.data() + origin_ : nullptr,
-                paired_ ? nullptr : singles_.data() + origin_,
-                int(counters_ - origin_),
-                in_flight_[current_].data(),
-                previous};
-    }
-
-    // After a block of n elements: the kernel counted as many of the previous block's indices as it wrote itself.
-    void end_block(const Tally& tally, int n) {
-        const int written = paired_ ? n / 2 : n;
-        count(tally, tally.previous, written, pending_);
-        pending_ = written;
-        // A 16-bit counter takes at most kBlock / 2 a block.
-        if (paired_ && ++blocks_ == 65535 / (kBlock / 2) - 1) flush();
+    // For a block of n elements.
+    Tally* tally_of(int n) {
+        if (paired_ && (room_ -= n / 2) < 0) make_room(n / 2);
+        return &tally_;
     }
 
     void count_tail(const float* x, int n) {
-        for (int i = 0; i < n; ++i) ++totals_[binning_->slot(x[i]) + 1];
+        for (int i = 0; i < n; ++i) ++totals_[tally_.binning->slot(x[i])];
     }
 
     void end_row(std::int64_t* counts, std::int64_t* above) {
-        const Tally tally = begin_block();
-        count(tally, tally.previous, 0, pending_);
-        pending_ = 0;
+        count(tally_, ring_.data(), kRing);
+        empty_ring();
         flush();
-        const int n = binning_->n;
-        counts[0] = totals_[0] + totals_[1];
-        for (int b = 1; b < n; ++b) counts[b] = totals_[b + 1];
-        *above = totals_[n + 1];
+        std::copy(totals_.begin(), totals_.end() - 1, counts);
+        *above = totals_.back();
         std::fill(totals_.begin(), totals_.end(), 0);
     }
 
 private:
+    // Before a row's first indices there are kLanes counters in the ring that nobody reads.
+    void empty_ring() {
+        for (int i = 0; i < kRing; ++i) ring_[i] = std::int32_t(counters_ + kLanes + i % kLanes);
+    }
+
+    // A 16-bit counter may have taken every pair so far: look, and only if one has grown large empty them all.
+    void make_room(int n) {
+        const std::uint16_t largest = *std::max_element(pairs_.begin(), pairs_.end());
+        room_ = 65535 - kRing - largest - n;
+        if (room_ < 0) {
+            flush();
+            room_ = 65535 - kRing - n;
+        }
+    }
+
     void flush() {
         if (paired_) {
             add_pairs(pairs_.data(), int(slots_), totals_.data());
-            for (int lane = 0; lane < kLanes; ++lane) totals_[1] += 2 * pairs_[counters_ + lane];
+            for (int lane = 0; lane < kLanes; ++lane) totals_[0] += 2 * pairs_[counters_ + lane];
         } else {
             for (std::int64_t s = 0; s < slots_; ++s) totals_[s] += singles_[s];
-            for (int lane = 0; lane < kLanes; ++lane) totals_[1] += singles_[counters_ + lane];
+            for (int lane = 0; lane < kLanes; ++lane) totals_[0] += singles_[counters_ + lane];
         }
         std::fill(pairs_.begin(), pairs_.end(), std::uint16_t(0));
         std::fill(singles_.begin(), singles_.end(), 0u);
-        blocks_ = 0;
+        room_ = 65535 - kRing;
     }
 
-    const Binning* binning_;
     std::int64_t slots_;
     bool paired_;
-    std::int64_t counters_, origin_;  // the table's size, and where its index 0 lies
-    int length_, current_ = 0, pending_ = 0, blocks_ = 0;
+    std::int64_t counters_;
     std::vector<std::uint16_t> pairs_;
     std::vector<std::uint32_t> singles_;
-    std::vector<std::int32_t> in_flight_[2], nothing_;  // nothing_: before a row's first block, counters nobody reads
-    std::vector<std::int64_t> totals_;  // [slots], from slot −1
+    std::vector<std::int32_t> ring_;
+    std::vector<std::int64_t> totals_;
+    int room_ = 65535 - kRing;  // pairs until a counter may overflow
+    Tally tally_;
 };
 
 struct SweepWorker {
     const Rows& rows;
-    Kernel kernel;
+    Kernel kernel, plain;  // plain: the same without counting
     std::vector<Histogram> histogram;  // one or none
     Moments* moments;
     std::int64_t *counts, *above, n_bins;
@@ -217,15 +220,18 @@ struct SweepWorker {
 
     void operator()(std::int64_t i) {
         Accumulator accumulator;
+        // Powers are taken about the previous block's mean, which saves a pass over the block; where that turns
+        // out to be far off, again about its own.
+        double shift = 0;
         for (std::int64_t begin = 0; begin < rows.n_selected; begin += kBlock) {
             const int n = int(std::min<std::int64_t>(kBlock, rows.n_selected - begin)), whole = n - n % kStep;
             const float* x = load(rows, i, begin, n, buffer.data());
-            if (whole && histogram.empty()) {
-                accumulator.merge(kernel(x, whole, nullptr));
-            } else if (whole) {
-                const Tally tally = histogram[0].begin_block();
-                accumulator.merge(kernel(x, whole, &tally));
-                histogram[0].end_block(tally, whole);
+            if (whole) {
+                if (begin == 0) shift = mean_of(x, std::min(whole, 4 * kStep));
+                BlockSums sums = kernel(x, whole, shift, histogram.empty() ? nullptr : histogram[0].tally_of(whole));
+                shift += sums.s1 / whole;
+                if (too_far(sums)) sums = plain(x, whole, shift, nullptr);
+                accumulator.merge(sums);
             }
             if (whole < n) {
                 accumulator.merge(scalar_sums(x + whole, n - whole));
@@ -331,7 +337,8 @@ void sweep(const Rows& rows, const Bins* bins, int threads, bool portable, Momen
         std::vector<Histogram> histogram;
         if (bins) histogram.emplace_back(binning, rows.n_selected);
         const Kernel kernel = choose_kernel(bins != nullptr, bins && histogram[0].paired(), portable);
-        workers.push_back({rows, kernel, std::move(histogram), moments, counts, above, bins ? bins->n : 0});
+        const Kernel plain = choose_kernel(false, false, portable);
+        workers.push_back({rows, kernel, plain, std::move(histogram), moments, counts, above, bins ? bins->n : 0});
     }
     parallel(workers, rows.n_rows);
 }
