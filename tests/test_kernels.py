@@ -4,9 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import NAMES, tiny_batch, tiny_model
 from torch import Tensor
 
+from eaptk import Graph, losses
+from eaptk.attribution import forward
+from eaptk.capture import Capture, frozen
 from eaptk.kernels import Destination, Norm, Source, contract
+from eaptk.sites import Sites
 
 HEADS, HEAD_DIM, WIDTH = 3, 5, 12
 
@@ -168,3 +173,19 @@ def test_lengths_must_fit_the_tokens() -> None:
     sources, destinations = operands(2, 8, torch.float32, centred=False, patched=False)
     with pytest.raises(ValueError, match="lengths"):
         contract(sources, destinations, [8, 9])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("granularity", ["block", "head"])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_models_lose_nothing_in_the_contraction(
+    name: str, granularity: str, dtype: torch.dtype
+) -> None:
+    model, batch = tiny_model(name, dtype), tiny_batch()
+    sites = Sites(model, Graph.from_model(model, granularity))
+    with frozen(model), Capture(sites, gradients=True) as run:
+        loss = losses.nll(forward(model, sites, batch), batch)
+        assert run.root is not None
+        torch.autograd.grad(loss.sum() * 2**12, run.root)
+    operands = run.sources(), run.destinations(), batch.lengths.tolist()
+    assert relative_error(contract(*operands), by_definition(*operands)) < 1e-5
