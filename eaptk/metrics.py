@@ -29,7 +29,17 @@ import numpy.typing as npt
 
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
-from eaptk.sweep import Backend, Doubles, Integers, Scores, Sweep, row_dots, sweep, weighted_column_sums
+from eaptk.sweep import (
+    Backend,
+    Doubles,
+    Integers,
+    Scores,
+    Sweep,
+    indices,
+    row_dots,
+    sweep,
+    weighted_column_sums,
+)
 
 #: Headline metrics, in the order they are reported.
 METRICS = ("intensity", "complexity", "kurtosis", "diversity")
@@ -196,7 +206,8 @@ def entropy(weights: npt.ArrayLike, log_base: float = math.e) -> Doubles:
     total = weights.sum(-1, keepdims=True)
     p = np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
     logs = np.log(p, out=np.zeros_like(p), where=p > 0)
-    result: Doubles = -(p * logs).sum(-1) / math.log(log_base)
+    # −(1·log 1) is −0.0 and would be printed so; adding 0 drops the sign.
+    result: Doubles = -(p * logs).sum(-1) / math.log(log_base) + 0.0
     return result
 
 
@@ -239,22 +250,11 @@ def _structural_zeros(graph: Graph, columns: Integers) -> int:
 def _finished(run: ScoredRun, rows: npt.ArrayLike | None) -> tuple[Integers, int]:
     """The rows to measure, and how many of those asked for are not done."""
     done = np.asarray(run.done) == 1
-    if rows is None:
-        wanted = np.arange(len(done))
-    else:
-        wanted = np.asarray(rows)
-        if wanted.dtype == bool:
-            if wanted.shape != done.shape:
-                raise EaptkError(f"the sample mask has shape {wanted.shape}; expected {done.shape}")
-            wanted = np.flatnonzero(wanted)
-        wanted = wanted.astype(np.int64)
-        outside = wanted[(wanted < 0) | (wanted >= len(done))]
-        if len(outside):
-            raise EaptkError(f"there is no sample {outside[0]}; they are numbered 0 to {len(done) - 1}")
-        if len(np.unique(wanted)) < len(wanted):
-            raise EaptkError(
-                "a sample is selected twice; its correlation with itself would count as similarity"
-            )
+    wanted = np.arange(len(done)) if rows is None else indices(rows, len(done), "sample")
+    if not len(wanted):
+        raise EaptkError("no sample is selected; there is nothing to measure")
+    if len(np.unique(wanted)) < len(wanted):
+        raise EaptkError("a sample is selected twice; its correlation with itself would count as similarity")
     finished = wanted[done[wanted]]
     if not len(finished):
         raise EaptkError(f"no row of {run.path} that was selected is done; score it first")
@@ -264,13 +264,4 @@ def _finished(run: ScoredRun, rows: npt.ArrayLike | None) -> tuple[Integers, int
 def _edge_columns(graph: Graph, columns: npt.ArrayLike | None) -> Integers:
     if columns is None:
         return np.arange(graph.n_edges)
-    chosen = np.asarray(columns)
-    if chosen.dtype == bool:
-        if chosen.shape != (graph.n_edges,):
-            raise EaptkError(f"the edge mask has shape {chosen.shape}; expected ({graph.n_edges},)")
-        return np.flatnonzero(chosen)
-    chosen = chosen.astype(np.int64)
-    outside = chosen[(chosen < 0) | (chosen >= graph.n_edges)]
-    if len(outside):
-        raise EaptkError(f"there is no edge {outside[0]}; they are numbered 0 to {graph.n_edges - 1}")
-    return np.unique(chosen)
+    return np.unique(indices(columns, graph.n_edges, "edge"))

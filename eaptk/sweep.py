@@ -250,8 +250,8 @@ def _select(
         )
     if not scores.flags.c_contiguous:
         raise EaptkError("scores must be C-contiguous; select samples with `rows` and edges with `columns`")
-    row_index = np.arange(len(scores)) if rows is None else _indices(rows, len(scores), "sample")
-    column_index = None if columns is None else _indices(columns, scores.shape[1], "edge")
+    row_index = np.arange(len(scores)) if rows is None else indices(rows, len(scores), "sample")
+    column_index = None if columns is None else indices(columns, scores.shape[1], "edge")
     if not len(row_index):
         raise EaptkError("no sample is selected; there is nothing to measure")
     if not (scores.shape[1] if column_index is None else len(column_index)):
@@ -259,7 +259,12 @@ def _select(
     return scores, row_index, column_index
 
 
-def _indices(selection: npt.ArrayLike, length: int, what: str) -> Integers:
+def indices(selection: npt.ArrayLike, length: int, what: str) -> Integers:
+    """A selection among `length` samples or edges (`what`) as indices; a boolean mask becomes some.
+
+    Raises:
+        EaptkError: a mask of another length, an index that is no integer or out of range, or no list.
+    """
     array = np.asarray(selection)
     if array.dtype == bool:
         if array.shape != (length,):

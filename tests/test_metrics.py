@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -156,6 +157,12 @@ def test_float16_rows_are_measured_like_their_float32_values():
         ({"rows": [12]}, "there is no sample 12"),
         ({"rows": [1, 1]}, "selected twice"),
         ({"rows": [True]}, "sample mask has shape"),
+        ({"rows": [0.9, 1.9]}, "sample indices must be a list of integers; got float64"),
+        ({"rows": [[0, 1], [2, 3]]}, "must be a list of integers; got int64 of shape (2, 2)"),
+        ({"rows": []}, "no sample is selected"),
+        ({"rows": np.zeros(12, bool)}, "no sample is selected"),
+        ({"columns": [0.9, 1.9]}, "edge indices must be a list of integers; got float64"),
+        ({"columns": [[0, 1], [2, 3]]}, "must be a list of integers; got int64 of shape (2, 2)"),
         ({"columns": [BLOCK.n_edges]}, "there is no edge"),
         ({"columns": [False]}, "edge mask has shape"),
         ({"columns": []}, "no edge is selected"),
@@ -166,7 +173,7 @@ def test_float16_rows_are_measured_like_their_float32_values():
 def test_selections_that_do_not_fit_are_refused(arguments, message):
     run = make_run()
     run.scores[run.scores == 0] = 1
-    with pytest.raises(EaptkError, match=message.replace("|", r"\|")):
+    with pytest.raises(EaptkError, match=re.escape(message)):
         measure(run, **arguments)
 
 
@@ -182,6 +189,6 @@ def test_a_run_without_a_finished_row_is_refused():
 
 def test_entropy_of_nothing_is_not_a_number_and_of_one_bin_zero():
     assert np.isnan(entropy([0, 0]))
-    assert entropy([0, 7]) == 0
+    assert str(entropy([0, 7])) == "0.0"
     assert entropy([1, 1, 1, 1], 2) == pytest.approx(2)
     assert entropy([1, 1], math.e) == pytest.approx(math.log(2))
