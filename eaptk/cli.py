@@ -182,10 +182,12 @@ def metrics(
         Path | None, typer.Option(help="Draw mean |W| of every edge to PICTURE.png and PICTURE.svg.")
     ] = None,
 ) -> None:
-    """Measure a run: activation intensity, information complexity, kurtosis, diversity, output entropy.
+    """Measure a run: activation intensity, information complexity, kurtosis,
+    diversity, output entropy.
 
-    Entropies depend on bins and range: give the same ones to runs you want to hold side by side, or better,
-    use compare. Rows that are not done yet are left out and counted.
+    Entropies depend on bins and range: give the same ones to runs you want to
+    hold side by side, or better, use compare. Rows that are not done yet are
+    left out and counted.
 
     Examples:
 
@@ -232,10 +234,18 @@ def compare(
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     resamples: Annotated[int, typer.Option(help="Bootstrap draws, and permutations.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Of both.")] = 0,
+    control_loss: Annotated[
+        bool,
+        typer.Option(
+            "--control-loss", help="Also how intensity and kurtosis differ between answers of equal loss."
+        ),
+    ] = False,
 ) -> None:
-    """Compare runs on the samples they share, paired by id: values, differences, intervals, tests, effect sizes.
+    """Compare runs on the samples they share, paired by id: values, differences,
+    intervals, tests, effect sizes.
 
-    Samples of one group are resampled together. p-values are corrected for the number of metrics and runs.
+    Samples of one group are resampled together. p-values are corrected for the
+    number of metrics and runs.
 
     Examples:
 
@@ -255,6 +265,7 @@ def compare(
         bins=bins,
         upper=upper,
         resampling=Resampling(confidence, resamples, seed),
+        control_loss=control_loss,
     )
     Console().print(comparison.to_table())
     if out is not None:
@@ -317,11 +328,13 @@ def check(
 
 
 def _metrics_table(name: str, found: list[Metrics]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     first = found[0]
     unfinished = f" ({first.n_unfinished:,} not done)" if first.n_unfinished else ""
-    table = Table(title=f"{name}: {first.n_samples:,} samples{unfinished}", title_justify="left")
+    title = f"{escape(name)}: {first.n_samples:,} samples{unfinished}"
+    table = Table(title=title, title_justify="left")
     table.add_column("metric")
     for each in found:
         table.add_column("dense, zeros counted" if each.dense else "real edges", justify="right")

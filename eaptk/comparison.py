@@ -1,10 +1,11 @@
 """Compare runs sample by sample: never a bare difference.
 
-Samples are paired by id. For each metric of `eaptk.metrics` (and for the loss, which is shown beside because
-confidence alone moves gradients) there are both values, the difference, a paired bootstrap interval, a paired
-permutation p-value, Holm's correction over all metrics and runs, and an effect size.
+For each metric of `eaptk.metrics` (and for the loss, which is shown beside because confidence alone moves
+gradients) there are both values, the difference, a paired bootstrap interval, a paired permutation p-value,
+Holm's correction over all metrics and runs, and an effect size.
 
-How intervals, p-values and effect sizes are made is said in `eaptk.resampling`.
+Which samples make a pair is said in `eaptk.pairing`; how intervals, p-values and effect sizes are made, and
+what "at equal loss" means, in `eaptk.resampling`.
 """
 
 from __future__ import annotations
@@ -14,41 +15,41 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
-from eaptk.metrics import DEFAULT_BINS, METRICS, Metrics, ScoredRun, measure
-from eaptk.resampling import Contributions, Difference, Resampling, holm, paired_differences
-from eaptk.sweep import Doubles, Integers, sweep
+from eaptk.metrics import DEFAULT_BINS, METRICS, Metrics, measure
+from eaptk.pairing import PairedRun, pair, run_names
+from eaptk.resampling import (
+    AT_EQUAL_LOSS,
+    Contributions,
+    Difference,
+    Resampling,
+    differences_at_equal_loss,
+    holm,
+    paired_differences,
+)
+from eaptk.sweep import Doubles, sweep
 
 if TYPE_CHECKING:
     import pandas
-    import pyarrow
     from rich.table import Table
-
-#: What two runs must share to be comparable, as keys of the manifest.
-_MUST_AGREE = ("ablation", "loss", "cut")
 
 #: Metrics defined for any sample, and those only for samples whose scores are not all equal.
 _EVERYWHERE = ("intensity", "complexity", "loss")
 _WHERE_VARYING = ("kurtosis", "diversity")
 
+#: Edges weaker than this share of the strongest are rounding; how they change is no finding.
+NOISE = 1e-4
+
+#: With fewer independent groups a note says how little they can show.
+_FEW_GROUPS = 10
+
 _DEFAULT_RESAMPLING = Resampling()
-
-
-class PairedRun(ScoredRun, Protocol):
-    """What is compared of a run; `eaptk.Run` is one."""
-
-    @property
-    def manifest(self) -> dict[str, Any]: ...
-    @property
-    def samples(self) -> pyarrow.Table: ...
-    @property
-    def loss(self) -> Doubles: ...
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,45 @@ class Comparison:
         names: [k] of the runs.
         graph: theirs.
         metrics: [k], each run's on the shared samples, all with one histogram range.
-        differences: for each run but the first, each metric and then the loss; a metric that is undefined
-            for want of two samples whose scores vary is left out.
+        ablation: theirs.
+        differences: for each run but the first, each metric, after it the same metric at equal loss if that
+            was asked for, and the loss; a metric that is undefined for want of two samples whose scores
+            vary is left out.
         sample_ids: [n] of the shared samples.
         n_dropped: [k], finished samples of each run that others lack.
         n_unfinished: [k], samples of each run that are not done.
         resampling: how intervals and p-values were made.
+        notes: what a reader must know to trust the numbers, a sentence each.
     """
 
     names: tuple[str, ...]
     graph: Graph = field(repr=False)
+    ablation: str
     metrics: tuple[Metrics, ...] = field(repr=False)
     differences: tuple[Difference, ...]
     sample_ids: tuple[str, ...] = field(repr=False)
     n_dropped: tuple[int, ...]
     n_unfinished: tuple[int, ...]
     resampling: Resampling
+    notes: tuple[str, ...]
 
     def relative_change(self, run: int = 1) -> Doubles:
-        """[e]: (mean|W_run| − mean|W_baseline|) / mean|W_baseline| of each edge; NaN where the baseline is 0."""
-        return relative_change(self.metrics[0].strength, self.metrics[run].strength)
+        """[e]: `relative_change` of each edge of a run against the baseline.
+
+        NaN as well for edges that are 0 by identity and hold nothing but rounding and the norm's ε: a
+        destination that reads the input alone (a0) reads it through a norm that ignores its scale, so scaling
+        the input away (zero ablation) changes nothing there to first order.
+        """
+        change = relative_change(self.metrics[0].strength, self.metrics[run].strength)
+        if self.ablation == "zero":
+            destinations = self.graph.edge_destination[self.metrics[0].columns]
+            change[self.graph.reach[destinations] == 1] = np.nan
+        return change
+
+    def sample_size(self) -> str:
+        """In words: how many pairs, and of how many groups if those are fewer."""
+        n, n_groups = len(self.sample_ids), self.differences[0].n_groups
+        return f"{n:,} pairs" + (f" in {n_groups:,} groups" if n_groups < n else "")
 
     def to_frame(self) -> pandas.DataFrame:
         """One row a difference: the fields of `Difference` and its direction."""
@@ -103,7 +123,9 @@ class Comparison:
             "n_pairs": len(self.sample_ids),
             "n_dropped": list(self.n_dropped),
             "n_unfinished": list(self.n_unfinished),
+            "ablation": self.ablation,
             "resampling": asdict(self.resampling),
+            "notes": list(self.notes),
             "differences": [_plain(difference) for difference in self.differences],
             "metrics": {n: m.to_dict() for n, m in zip(self.names, self.metrics, strict=True)},
             "sample_ids": list(self.sample_ids),
@@ -125,18 +147,30 @@ class Comparison:
     def to_table(self) -> Table:
         """For the terminal (rich)."""
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
-        baseline = self.names[0]
+        names = [escape(name) for name in self.names]
         dropped = sum(self.n_dropped) + sum(self.n_unfinished)
-        several = len(self.names) > 2
+        several = len(names) > 2
+        controlled = any(d.metric.endswith(AT_EQUAL_LOSS) for d in self.differences)
+        pairs = [
+            f"{d.n_pairs:,}" + (f" in {d.n_groups:,}" if d.n_groups < d.n_pairs else "")
+            for d in self.differences
+        ]
+        # One number for all rows stands in the title; a column for it would not fit 80 characters.
+        uneven = len(set(pairs)) > 1
+        caption = (
+            f"intervals: paired bootstrap, {self.resampling.confidence:.0%}; p: paired permutation, "
+            f"Holm-corrected over metrics (not for the loss, which is shown beside); d_z: paired effect size; "
+            f"?: not resolved after correction"
+            + ("; eq. loss: the metric above at equal loss" if controlled else "")
+        )
         table = Table(
-            title=f"{' and '.join(self.names[1:])} against {baseline}: {len(self.sample_ids):,} pairs"
+            title=f"{' and '.join(names[1:])} against {names[0]}: {self.sample_size()}"
             + (f" ({dropped:,} samples without a finished partner left out)" if dropped else ""),
             title_justify="left",
-            caption=f"intervals: paired bootstrap, {self.resampling.confidence:.0%}; p: paired permutation, "
-            f"Holm-corrected over metrics (not for the loss, which is shown beside); d_z: paired effect size; "
-            f"?: the interval holds 0",
+            caption="\n".join([caption, *(escape(f"note: {note}") for note in self.notes)]),
             caption_justify="left",
             # Narrow enough that no number is cut short on a terminal of 80 columns.
             box=SIMPLE_HEAD,
@@ -145,38 +179,37 @@ class Comparison:
         )
         for heading in ("metric", *(["run"] if several else [])):
             table.add_column(heading)
-        value = "value" if several else self.names[1]
-        pairs = [
-            f"{d.n_pairs:,}" + (f" in {d.n_groups:,}" if d.n_groups < d.n_pairs else "")
-            for d in self.differences
-        ]
-        # The title has their number already, unless some metric or some groups make it another.
-        uneven = set(pairs) != {f"{len(self.sample_ids):,}"}
-        headings = (baseline, value, "difference", "interval", "p", "d_z", *(["pairs"] if uneven else []))
+        value = "value" if several else names[1]
+        headings = (names[0], value, "difference", "interval", "p", "d_z", *(["pairs"] if uneven else []))
         for heading in headings:
             table.add_column(heading, justify="right", overflow="fold")
         arrow = {"up": "↑", "down": "↓", "unresolved": "?"}
-        for d, counted in zip(self.differences, pairs, strict=True):
-            p = d.p if d.p_holm is None else d.p_holm
+        for d, n_pairs in zip(self.differences, pairs, strict=True):
             table.add_row(
-                d.metric,
-                *([d.run] if several else []),
+                "↳ eq. loss" if d.metric.endswith(AT_EQUAL_LOSS) else d.metric,
+                *([escape(d.run)] if several else []),
                 f"{d.value_baseline:.3g}",
                 f"{d.value:.3g}",
                 f"{arrow[d.direction]} {d.difference:+.3g}",
-                f"[{d.low:+.3g}, {d.high:+.3g}]".replace("[", r"\["),
-                f"{p:.2g}",
+                "–" if d.low is None or d.high is None else escape(f"[{d.low:+.3g}, {d.high:+.3g}]"),
+                f"{d.p if d.p_holm is None else d.p_holm:.2g}",
                 "–" if d.effect is None else f"{d.effect:+.2f}",
-                *([counted] if uneven else []),
+                *([n_pairs] if uneven else []),
                 end_section=d.metric == "loss",
             )
         return table
 
 
 def relative_change(baseline: npt.ArrayLike, strength: npt.ArrayLike) -> Doubles:
-    """(strength − baseline) / baseline, NaN where the baseline is 0."""
+    """(strength − baseline) / baseline of each edge; both [e] mean |W|.
+
+    NaN where the baseline is 0, and where both are below `NOISE` (1e-4) times the largest strength in either:
+    there a change is one of rounding.
+    """
     a, b = np.asarray(baseline, dtype=np.float64), np.asarray(strength, dtype=np.float64)
-    return np.divide(b - a, a, out=np.full(a.shape, np.nan), where=a > 0)
+    stronger = np.maximum(a, b)
+    counts = (a > 0) & (stronger >= NOISE * stronger.max(initial=0))
+    return np.divide(b - a, a, out=np.full(a.shape, np.nan), where=counts)
 
 
 def compare(
@@ -189,6 +222,7 @@ def compare(
     upper: float | None = None,
     log_base: float = math.e,
     resampling: Resampling = _DEFAULT_RESAMPLING,
+    control_loss: bool = False,
 ) -> Comparison:
     """Compare runs on the samples that are done in all of them.
 
@@ -198,16 +232,18 @@ def compare(
         columns, dense, bins, upper, log_base: as for `eaptk.metrics.measure`; `upper` None for the largest
             |W| in any of the runs.
         resampling: see there.
+        control_loss: also report intensity and kurtosis at equal loss (see `eaptk.resampling`), corrected
+            together with the others.
 
     Raises:
-        EaptkError: runs differ in graph, ablation or loss; fewer than two shared samples or groups; a run
-            gives one sample another group than the baseline does; or `measure` cannot measure one.
+        EaptkError: runs or their samples do not compare (see `eaptk.pairing.pair`), `names` do not fit them,
+            `measure` cannot measure one, or the loss differs alike in all pairs and is to be controlled for.
     """
     if len(runs) < 2:
         raise EaptkError(f"a comparison needs at least two runs; got {len(runs)}")
-    _check_comparable(runs)
-    names = tuple(names) if names is not None else _names(runs)
-    ids, rows, groups = _pair(runs)
+    names = run_names(runs, names)
+    pairing = pair(runs, names)
+    rows, groups = pairing.rows, pairing.groups
     if upper is None:
         tops = [
             sweep(run.scores, index, columns).max_abs.max() for run, index in zip(runs, rows, strict=True)
@@ -236,24 +272,53 @@ def compare(
     ]
     differences: list[Difference] = []
     for name, side in zip(names[1:], sides[1:], strict=True):
-        pair = (names[0], name)
+        pair_names = (names[0], name)
         everywhere = _EVERYWHERE if not varies.all() else (*_EVERYWHERE, *_WHERE_VARYING)
-        found = paired_differences(everywhere, pair, sides[0], side, groups, log_base, resampling)
-        if not varies.all() and len(np.unique(groups[varies])) >= 2:
-            kept = (sides[0].keep(varies), side.keep(varies), groups[varies])
-            found += paired_differences(_WHERE_VARYING, pair, *kept, log_base, resampling)
-        differences += sorted(found, key=lambda d: (*METRICS, "loss").index(d.metric))
+        found = paired_differences(everywhere, pair_names, sides[0], side, groups, log_base, resampling)
+        kept = (sides[0].keep(varies), side.keep(varies), groups[varies])
+        enough = len(np.unique(groups[varies])) >= 2
+        if not varies.all() and enough:
+            found += paired_differences(_WHERE_VARYING, pair_names, *kept, log_base, resampling)
+        if control_loss:
+            found.append(
+                differences_at_equal_loss("intensity", pair_names, sides[0], side, groups, resampling)
+            )
+            if enough:
+                found.append(differences_at_equal_loss("kurtosis", pair_names, *kept, resampling))
+        differences += sorted(
+            found, key=lambda d: (*METRICS, "loss").index(d.metric.removesuffix(AT_EQUAL_LOSS))
+        )
     finished = [int((np.asarray(run.done) == 1).sum()) for run in runs]
+    n = len(pairing.ids)
     return Comparison(
         names=names,
         graph=runs[0].graph,
+        ablation=runs[0].manifest["ablation"],
         metrics=metrics,
         differences=holm(differences),
-        sample_ids=ids,
-        n_dropped=tuple(n - len(ids) for n in finished),
-        n_unfinished=tuple(len(run.done) - n for run, n in zip(runs, finished, strict=True)),
+        sample_ids=pairing.ids,
+        n_dropped=tuple(count - n for count in finished),
+        n_unfinished=tuple(len(run.done) - count for run, count in zip(runs, finished, strict=True)),
         resampling=resampling,
+        notes=(*pairing.notes, *_notes(pairing.n_groups, names, sides if control_loss else [])),
     )
+
+
+def _notes(n_groups: int, names: Sequence[str], controlled: Sequence[Contributions]) -> list[str]:
+    notes = []
+    if n_groups < _FEW_GROUPS:
+        notes.append(
+            f"only {n_groups} independent groups: intervals are rough, and no p can be below "
+            f"{2 / 2**n_groups:.2g} before correction"
+        )
+    for name, side in zip(names[1:], controlled[1:], strict=False):
+        change = side.metrics["loss"] - controlled[0].metrics["loss"]
+        if change.min() > 0 or change.max() < 0:
+            notes.append(
+                f"every loss of {name} is {'above' if change.min() > 0 else 'below'} that of {names[0]}: "
+                f"values at equal loss are extrapolated"
+            )
+    return notes
 
 
 def _contributions(
@@ -282,71 +347,6 @@ def _contributions(
         "loss": loss,
     }
     return Contributions(by_metric, metrics.sample_histogram)
-
-
-def _check_comparable(runs: Sequence[PairedRun]) -> None:
-    first = runs[0]
-    for run in runs[1:]:
-        for name, ours, theirs in [
-            *((key, first.manifest.get(key), run.manifest.get(key)) for key in _MUST_AGREE),
-            ("graph", first.graph.to_dict(), run.graph.to_dict()),
-        ]:
-            if ours != theirs:
-                raise EaptkError(
-                    f"runs differ in {name}: {first.path} has {_changed(ours, theirs)}, "
-                    f"{run.path} has {_changed(theirs, ours)}; score both alike to compare them"
-                )
-
-
-def _changed(value: Any, other: Any) -> str:
-    if not isinstance(value, dict):
-        return repr(value)
-    return ", ".join(f"{key}={item!r}" for key, item in value.items() if other.get(key) != item)
-
-
-def _names(runs: Sequence[PairedRun]) -> tuple[str, ...]:
-    short = tuple(Path(run.path).resolve().name for run in runs)
-    names = short if len(set(short)) == len(short) else tuple(str(run.path) for run in runs)
-    if len(set(names)) < len(names):
-        raise EaptkError(
-            f"run {max(names, key=names.count)} is given twice; a run does not differ from itself"
-        )
-    return names
-
-
-def _pair(runs: Sequence[PairedRun]) -> tuple[tuple[str, ...], list[Integers], Integers]:
-    """Shared ids in the baseline's order, their rows in each run, and the group of each as an integer."""
-    tables = [run.samples.select(["id", "group"]).to_pydict() for run in runs]
-    where = [
-        {name: row for row, (name, done) in enumerate(zip(table["id"], run.done, strict=True)) if done}
-        for run, table in zip(runs, tables, strict=True)
-    ]
-    shared = [name for name in where[0] if all(name in rows for rows in where[1:])]
-    if len(shared) < 2:
-        raise EaptkError(
-            f"runs {' and '.join(str(run.path) for run in runs)} share {len(shared)} finished samples; "
-            f"a comparison needs two (samples are paired by id)"
-        )
-    rows = [np.array([rows[name] for name in shared]) for rows in where]
-    labels = [[table["group"][row] for row in index] for table, index in zip(tables, rows, strict=True)]
-    for run, other in zip(runs[1:], labels[1:], strict=True):
-        for name, ours, theirs in zip(shared, labels[0], other, strict=True):
-            if ours != theirs:
-                raise EaptkError(
-                    f"sample {name!r} belongs to group {ours!r} in {runs[0].path} and {theirs!r} in {run.path}"
-                )
-    # A sample without a group is one of its own.
-    keys = [
-        ("id", name) if label is None else ("group", label)
-        for name, label in zip(shared, labels[0], strict=True)
-    ]
-    number: dict[tuple[str, str], int] = {}
-    groups = np.array([number.setdefault(key, len(number)) for key in keys])
-    if len(number) < 2:
-        raise EaptkError(
-            f"all {len(shared)} shared samples belong to one group; an interval needs at least two"
-        )
-    return tuple(shared), rows, groups
 
 
 def _plain(difference: Difference) -> dict[str, Any]:

@@ -13,11 +13,23 @@ sample i with the others (Hoeffding's projection), because a drawn sample is per
 copies. For the effect size both enter by their first-order contribution a sample, whose mean is the metric.
 
 *Effect size*: Cohen's d_z, mean over pairs of the difference divided by its standard deviation.
+
+*Resolved* is what passes twice: the interval excludes 0, and so does the corrected test at the interval's own
+level. A percentile interval of few groups is too short and knows nothing of the other hypotheses; the test of
+few groups can reject nothing (n groups have 2^n labellings: p ≥ 2/2^n).
+
+*At equal loss* (`differences_at_equal_loss`): the intercept a of the least-squares line d_i = a + b·l_i over
+pairs, with d_i the difference of a metric and l_i that of the loss: what is expected to differ between two
+answers of equal loss. Intervals redraw groups as above; for the test the residuals of the line through 0 (no
+difference at equal loss) change sign by groups (Freedman & Lane 1983); the effect size is a over the standard
+deviation of the residuals. Limits: it is a straight line, and it adjusts for the mean loss of an answer alone.
+Where no pair has a loss difference near 0, a is an extrapolation, and the interval does not know that the line
+may bend on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,11 +37,20 @@ import numpy as np
 import numpy.typing as npt
 
 from eaptk.errors import EaptkError
-from eaptk.metrics import METRICS, entropy
+from eaptk.metrics import entropy
 from eaptk.sweep import Doubles, Integers
 
-#: Draws worked on at a time: 512 × groups doubles.
-_CHUNK = 512
+#: Ends the name of a metric that is adjusted for the loss.
+AT_EQUAL_LOSS = " at equal loss"
+
+#: Weights of the draws worked on at a time ([draws, groups] doubles); a handful of such arrays live at once.
+_CHUNK_BYTES = 2**24
+
+#: Values closer than this, relative to the largest of them, differ by rounding alone.
+_ROUNDING = 1e-9
+
+#: Fewer independent groups give no interval of what is no mean: a draw of one or two of them means nothing.
+_FEWEST_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -37,18 +58,21 @@ class Difference:
     """One metric of one run against the baseline's.
 
     Args:
-        metric: a name of `eaptk.metrics.METRICS`, or ``loss``.
+        metric: a name of `eaptk.metrics.METRICS`, one of those followed by ``at equal loss``, or ``loss``.
         run, baseline: names of the runs.
         value_baseline, value: the metric of each.
         difference: value − value_baseline.
-        low, high: paired bootstrap interval of the difference.
+        low, high: paired bootstrap interval of the difference; None where fewer than 4 groups give none
+            (diversity, and metrics at equal loss).
         p: two-sided paired permutation p-value.
         p_holm: `p` corrected over all metrics and runs of the comparison; None for the loss, which is no
             hypothesis.
-        effect: Cohen's d_z; None if the difference is the same for all pairs.
+        effect: Cohen's d_z; None if the difference is the same for all pairs, up to rounding.
         n_pairs: pairs that went into it (kurtosis and diversity need scores that vary).
         n_groups: independent units among them.
-        direction: ``up`` or ``down`` if the interval excludes 0.
+        confidence: of the interval.
+        direction: ``up`` or ``down`` if the interval excludes 0 and `p_holm` (for the loss `p`) is at most
+            1 − `confidence`; else ``unresolved``.
     """
 
     metric: str
@@ -57,17 +81,21 @@ class Difference:
     value_baseline: float
     value: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     p_holm: float | None
     effect: float | None
     n_pairs: int
     n_groups: int
+    confidence: float
 
     @property
     def direction(self) -> Literal["up", "down", "unresolved"]:
-        return "up" if self.low > 0 else "down" if self.high < 0 else "unresolved"
+        p = self.p if self.p_holm is None else self.p_holm
+        if self.low is None or self.high is None or p > 1 - self.confidence or self.low <= 0 <= self.high:
+            return "unresolved"
+        return "up" if self.low > 0 else "down"
 
 
 @dataclass(frozen=True)
@@ -160,48 +188,139 @@ def paired_differences(
     value_b = side_b.values(once, sizes, complexity, log_base)[0]
     observed = value_b - value_a
 
-    rng = np.random.default_rng(resampling.seed)
     n_resamples = resampling.n_resamples
     drawn = np.empty((n_resamples, len(metrics)))
     exceeding = np.zeros(len(metrics))
-    for start in range(0, n_resamples, _CHUNK):
-        n = min(_CHUNK, n_resamples - start)
-        picks = rng.integers(n_groups, size=(n, n_groups)) + n_groups * np.arange(n)[:, None]
-        weights = np.bincount(picks.ravel(), minlength=n * n_groups).reshape(n, n_groups).astype(np.float64)
-        drawn[start : start + n] = side_b.values(weights, sizes, complexity, log_base)
-        drawn[start : start + n] -= side_a.values(weights, sizes, complexity, log_base)
+    for part, weights, swapped in _draws(n_groups, resampling):
+        drawn[part] = side_b.values(weights, sizes, complexity, log_base)
+        drawn[part] -= side_a.values(weights, sizes, complexity, log_base)
 
-        swapped = rng.integers(2, size=(n, n_groups)).astype(np.float64)
         permuted = observed - 2 * (swapped @ swap.contributions) / sizes.sum()
         if complexity is not None:
             moved = swapped @ swap.histogram
             permuted[:, complexity] = entropy(side_b.histogram.sum(0) - moved, log_base)
             permuted[:, complexity] -= entropy(side_a.histogram.sum(0) + moved, log_base)
-        # Swapping all or none gives the observed difference again, up to rounding: it counts as reaching it.
-        exceeding += (np.abs(permuted) >= np.abs(observed) * (1 - 1e-9)).sum(0)
+        exceeding += _reaching(permuted, observed)
 
-    tail = (1 - resampling.confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    intervals = _intervals(drawn, resampling.confidence)
     paired = each_b - each_a
     spread = paired.std(axis=0, ddof=1)
-    return [
-        Difference(
-            metric=metric,
-            run=runs[1],
-            baseline=runs[0],
-            value_baseline=float(value_a[k]),
-            value=float(value_b[k]),
-            difference=float(observed[k]),
-            low=float(low[k]),
-            high=float(high[k]),
-            p=float((1 + exceeding[k]) / (1 + n_resamples)),
-            p_holm=None,
-            effect=float(paired[:, k].mean() / spread[k]) if spread[k] > 0 else None,
-            n_pairs=len(groups),
-            n_groups=n_groups,
+    spread[spread <= _ROUNDING * np.maximum(np.abs(each_a), np.abs(each_b)).max(0)] = 0
+    found = []
+    for k, metric in enumerate(metrics):
+        has_interval = metric != "diversity" or n_groups >= _FEWEST_GROUPS
+        found.append(
+            Difference(
+                metric=metric,
+                run=runs[1],
+                baseline=runs[0],
+                value_baseline=float(value_a[k]),
+                value=float(value_b[k]),
+                difference=float(observed[k]),
+                low=float(intervals[0, k]) if has_interval else None,
+                high=float(intervals[1, k]) if has_interval else None,
+                p=float((1 + exceeding[k]) / (1 + n_resamples)),
+                p_holm=None,
+                effect=float(paired[:, k].mean() / spread[k]) if spread[k] > 0 else None,
+                n_pairs=len(groups),
+                n_groups=n_groups,
+                confidence=resampling.confidence,
+            )
         )
-        for k, metric in enumerate(metrics)
-    ]
+    return found
+
+
+def differences_at_equal_loss(
+    metric: str,
+    runs: tuple[str, str],
+    a: Contributions,
+    b: Contributions,
+    groups: Integers,
+    resampling: Resampling,
+) -> Difference:
+    """The difference of a metric that is a mean over samples, at equal loss; `value` is baseline + difference.
+
+    Args:
+        as for `paired_differences`; `a` and `b` hold the loss as well.
+
+    Raises:
+        EaptkError: the loss differs alike in all pairs, so there is no line to draw.
+    """
+    groups = np.unique(groups, return_inverse=True)[1]
+    n, n_groups = len(groups), int(groups.max()) + 1
+    d = b.metrics[metric] - a.metrics[metric]
+    loss = b.metrics["loss"] - a.metrics["loss"]
+    centred = loss - loss.mean()
+    largest = max(np.abs(side.metrics["loss"]).max() for side in (a, b))
+    if centred.std() <= _ROUNDING * largest:
+        raise EaptkError(
+            f"the loss of {runs[1]} differs from that of {runs[0]} by the same amount in all {n} pairs, "
+            f"so nothing can be adjusted for it; compare without control for the loss"
+        )
+    # The intercept is linear in d: a = Σ_i weight_i d_i, and 0 for any line through 0.
+    weight = 1 / n - loss.mean() * centred / (centred @ centred)
+    observed = np.array([weight @ d])
+    residual = d - d.mean() - centred * (centred @ d) / (centred @ centred)
+    spread = float(np.sqrt(residual @ residual / (n - 2))) if n > 2 else 0.0
+    through_zero = _by_group((weight * (d - loss * (loss @ d) / (loss @ loss)))[:, None], groups)
+    sums = _by_group(np.stack([np.ones(n), centred, centred**2, d, centred * d], axis=1), groups)
+
+    drawn = np.empty((resampling.n_resamples, 1))
+    exceeding = np.zeros(1)
+    for part, weights, swapped in _draws(n_groups, resampling):
+        count, x, xx, y, xy = (weights @ sums).T
+        scatter = count * xx - x**2
+        # A draw of pairs that share one loss difference has no line; it is left out of the quantiles.
+        has_line = scatter > _ROUNDING * count**2 * centred.var()
+        slope = np.divide(count * xy - x * y, scatter, out=np.full(len(x), np.nan), where=has_line)
+        drawn[part, 0] = (y - slope * x) / count - slope * loss.mean()
+        exceeding += _reaching((1 - 2 * swapped) @ through_zero, observed)
+
+    low, high = _intervals(drawn, resampling.confidence)[:, 0]
+    baseline = float(a.metrics[metric].mean())
+    return Difference(
+        metric=metric + AT_EQUAL_LOSS,
+        run=runs[1],
+        baseline=runs[0],
+        value_baseline=baseline,
+        value=baseline + float(observed[0]),
+        difference=float(observed[0]),
+        low=float(low) if n_groups >= _FEWEST_GROUPS else None,
+        high=float(high) if n_groups >= _FEWEST_GROUPS else None,
+        p=float((1 + exceeding[0]) / (1 + resampling.n_resamples)),
+        p_holm=None,
+        effect=float(observed[0]) / spread if spread > _ROUNDING * np.abs(d).max() else None,
+        n_pairs=n,
+        n_groups=n_groups,
+        confidence=resampling.confidence,
+    )
+
+
+def _draws(n_groups: int, resampling: Resampling) -> Iterator[tuple[slice, Doubles, Doubles]]:
+    """Some draws at a time: which, how often each group is drawn, and which groups swap labels (0 or 1)."""
+    # A stream for each, so that the numbers do not depend on how many draws fit into memory.
+    streams = np.random.SeedSequence(resampling.seed).spawn(2)
+    bootstrap, permutation = (np.random.default_rng(stream) for stream in streams)
+    chunk = max(1, _CHUNK_BYTES // (8 * n_groups))
+    for start in range(0, resampling.n_resamples, chunk):
+        n = min(chunk, resampling.n_resamples - start)
+        picks = bootstrap.integers(n_groups, size=(n, n_groups)) + n_groups * np.arange(n)[:, None]
+        weights = np.bincount(picks.ravel(), minlength=n * n_groups).reshape(n, n_groups)
+        swapped = permutation.integers(2, size=(n, n_groups))
+        yield slice(start, start + n), weights.astype(np.float64), swapped.astype(np.float64)
+
+
+def _reaching(permuted: Doubles, observed: Doubles) -> Integers:
+    """[metrics]: how many permutations are as large as what was observed."""
+    # Swapping all or none gives the observed difference again, up to rounding: it counts as reaching it.
+    reaching: Integers = (np.abs(permuted) >= np.abs(observed) * (1 - _ROUNDING)).sum(0)
+    return reaching
+
+
+def _intervals(drawn: Doubles, confidence: float) -> Doubles:
+    """[2, metrics]: percentile intervals, of the draws that are defined."""
+    tail = (1 - confidence) / 2
+    return np.nanquantile(drawn, [tail, 1 - tail], axis=0)
 
 
 def _by_group(values: npt.NDArray[Any], groups: Integers) -> Doubles:
@@ -213,7 +332,7 @@ def _by_group(values: npt.NDArray[Any], groups: Integers) -> Doubles:
 def holm(differences: Iterable[Difference]) -> tuple[Difference, ...]:
     """With Holm's (1979) step-down correction over all hypotheses as `p_holm`; the loss is none."""
     differences = list(differences)
-    tested = sorted((d for d in differences if d.metric in METRICS), key=lambda d: d.p)
+    tested = sorted((d for d in differences if d.metric != "loss"), key=lambda d: d.p)
     corrected: dict[int, float] = {}
     running = 0.0
     for rank, difference in enumerate(tested):

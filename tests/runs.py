@@ -13,6 +13,15 @@ from eaptk.graph import Graph
 
 BLOCK = Graph(n_layers=3, n_heads=4, n_kv_heads=2)
 
+MANIFEST = {
+    "ablation": "zero",
+    "loss": "nll",
+    "cut": None,
+    "max_new_tokens": None,
+    "tokenizer": "sha256:0",
+    "model": {"dtype": "float32"},
+}
+
 
 @dataclass
 class FakeRun:
@@ -23,7 +32,9 @@ class FakeRun:
     loss: np.ndarray = field(default=None)  # type: ignore[assignment]
     ids: list[str] = field(default=None)  # type: ignore[assignment]
     groups: list[str | None] = field(default=None)  # type: ignore[assignment]
-    manifest: dict[str, Any] = field(default_factory=lambda: {"ablation": "zero", "loss": "nll", "cut": None})
+    manifest: dict[str, Any] = field(default_factory=lambda: dict(MANIFEST))
+    prompts: list[list[int]] = field(default=None)  # type: ignore[assignment]
+    answers: list[list[int]] = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         n = len(self.scores)
@@ -31,10 +42,21 @@ class FakeRun:
         self.loss = np.zeros(n) if self.loss is None else self.loss
         self.ids = [f"q{i}" for i in range(n)] if self.ids is None else self.ids
         self.groups = [None] * n if self.groups is None else self.groups
+        # A question is its id: the same one has the same tokens in every run.
+        tokens = [list(map(ord, name)) for name in self.ids]
+        self.prompts = tokens if self.prompts is None else self.prompts
+        self.answers = tokens if self.answers is None else self.answers
 
     @property
     def samples(self) -> pa.Table:
-        return pa.table({"id": self.ids, "group": pa.array(self.groups, pa.string())})
+        return pa.table(
+            {
+                "id": self.ids,
+                "group": pa.array(self.groups, pa.string()),
+                "prompt_ids": pa.array(self.prompts, pa.list_(pa.int32())),
+                "answer_ids": pa.array(self.answers, pa.list_(pa.int32())),
+            }
+        )
 
 
 def make_run(n: int = 12, seed: int = 0, graph: Graph = BLOCK, **fields: Any) -> FakeRun:

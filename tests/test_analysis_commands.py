@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,33 @@ def test_compare_prints_and_writes_what_compare_finds(
     mean_losses = [Run.open(path).loss.mean() for path in runs[:2]]
     np.testing.assert_allclose(frame[["value_baseline", "value"]].iloc[-1], mean_losses)
     assert json.loads((out / "comparison.json").read_text())["resampling"]["seed"] == 3
+
+
+def test_compare_can_control_for_the_loss(runs: list[Path], tmp_path: Path) -> None:
+    arguments = ("--out", tmp_path, "--resamples", 200, "--control-loss")
+    assert run("compare", *runs[:2], *arguments) == 0
+    metrics = pd.read_csv(tmp_path / "comparison.csv")["metric"].tolist()
+    assert metrics[:2] == ["intensity", "intensity at equal loss"]
+
+
+def test_a_run_is_called_what_its_folder_is_called(
+    runs: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs[0], tmp_path / "[red]x")
+    monkeypatch.chdir(tmp_path)
+    assert run("metrics", "[red]x") == 0
+    assert "[red]x: 10 samples" in capfd.readouterr().out
+
+
+def test_two_datasets_that_only_share_line_numbers_are_not_compared(
+    runs: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        records = [{"prompt": r["prompt"], "answer": r["answer"]} for r in make_records(4, seed)]
+        data = write_jsonl(tmp_path / f"{name}.jsonl", records)
+        score(str(runs[0].parent / "model-base"), str(data), tmp_path / name, progress=False)
+    assert run("compare", tmp_path / "one", tmp_path / "two") == 1
+    assert "sample '1' has one prompt in" in capfd.readouterr().err
 
 
 def test_runs_pair_by_the_ids_of_their_samples(runs: list[Path]) -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 from rich.console import Console
-from runs import BLOCK, FakeRun, make_run
+from runs import BLOCK, MANIFEST, FakeRun, make_run
 
 from eaptk.comparison import compare, relative_change
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.metrics import METRICS, measure
-from eaptk.resampling import Contributions, Difference, Resampling, holm, paired_differences
+from eaptk.resampling import (
+    Resampling,
+    holm,
+)
 
 QUICK = Resampling(n_resamples=1000)
 
@@ -29,6 +31,12 @@ def two_runs(n=30, seed=1, **fields):
     return replace(a, path=Path("runs/sft"), **fields), replace(b, path=Path("runs/rl"), **fields)
 
 
+def as_text(comparison, width=160):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(comparison.to_table())
+    return console.export_text()
+
+
 def by_metric(comparison):
     return {d.metric: d for d in comparison.differences}
 
@@ -36,7 +44,7 @@ def by_metric(comparison):
 @pytest.mark.parametrize("dense", [False, True])
 def test_values_are_the_metrics_of_the_shared_samples(dense):
     a, b = two_runs()
-    b.ids = [f"q{i + 5}" for i in range(30)]
+    b = replace(b, ids=[f"q{i + 5}" for i in range(30)], prompts=None, answers=None)
     a.done[7] = 0
     found = compare([a, b], dense=dense, resampling=QUICK)
     assert found.sample_ids == tuple(f"q{i}" for i in range(5, 30) if i != 7)
@@ -55,7 +63,8 @@ def test_values_are_the_metrics_of_the_shared_samples(dense):
 def test_samples_are_paired_by_id_not_by_position():
     a, b = two_runs()
     order = np.random.default_rng(0).permutation(30)
-    shuffled = replace(b, scores=b.scores[order], loss=b.loss[order], ids=[b.ids[i] for i in order])
+    ids = [b.ids[i] for i in order]
+    shuffled = replace(b, scores=b.scores[order], loss=b.loss[order], ids=ids, prompts=None, answers=None)
     straight, crossed = compare([a, b], resampling=QUICK), compare([a, shuffled], resampling=QUICK)
     for metric, difference in by_metric(straight).items():
         other = by_metric(crossed)[metric]
@@ -102,38 +111,6 @@ def test_a_run_against_itself_differs_in_nothing():
         assert (difference.p, difference.effect, difference.direction) == (1, None, "unresolved")
 
 
-def contributions(values):
-    """One metric that is a mean."""
-    return Contributions({"intensity": values}, np.ones((len(values), 1), np.int64))
-
-
-def one_difference(a, b, groups=None, resampling=QUICK):
-    groups = np.arange(len(a)) if groups is None else groups
-    found = paired_differences(
-        ["intensity"], ("a", "b"), contributions(a), contributions(b), groups, 2.0, resampling
-    )
-    return found[0]
-
-
-def test_for_a_mean_interval_p_and_effect_are_the_textbooks():
-    rng = np.random.default_rng(5)
-    a = rng.normal(size=80)
-    b = a + 0.2 + rng.normal(size=80)
-    found = one_difference(a, b, resampling=Resampling(n_resamples=20_000))
-    d = b - a
-    t = scipy.stats.ttest_rel(b, a)
-    expected = t.confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
-    assert found.p == pytest.approx(t.pvalue, abs=0.01)
-    assert found.effect == pytest.approx(d.mean() / d.std(ddof=1))
-
-
-def test_permutation_p_values_are_exact_for_few_pairs():
-    d = np.array([0.5, 1.0, 2.0, 1.5, 0.25])
-    found = one_difference(np.zeros(5), d, resampling=Resampling(n_resamples=20_000))
-    assert found.p == pytest.approx(2 / 2**5, abs=0.005)
-
-
 @pytest.fixture(scope="module")
 def null_comparisons():
     return [
@@ -155,19 +132,6 @@ def test_without_a_true_difference_intervals_cover_zero_at_their_nominal_rate(me
     # Both have a standard deviation of 0.011; percentile intervals of 40 pairs are a little short (0.88).
     assert 0.84 <= covered <= 0.93
     assert 0.07 <= significant <= 0.14
-
-
-def test_groups_are_drawn_whole():
-    """Ten copies of each question are ten times the samples and not one bit more evidence."""
-    rng = np.random.default_rng(2)
-    a, b = rng.normal(size=(2, 20))
-    alone = one_difference(a, b)
-    copied = one_difference(np.repeat(a, 10), np.repeat(b, 10), np.repeat(np.arange(20), 10))
-    assert (copied.n_pairs, copied.n_groups) == (200, 20)
-    for name in ("difference", "low", "high", "p"):
-        assert getattr(copied, name) == pytest.approx(getattr(alone, name), rel=1e-9)
-    ungrouped = one_difference(np.repeat(a, 10), np.repeat(b, 10))
-    assert ungrouped.high - ungrouped.low < 0.5 * (alone.high - alone.low)
 
 
 def test_groups_come_from_the_samples_and_a_sample_without_one_stands_alone():
@@ -221,6 +185,21 @@ def test_relative_change_is_per_edge_and_undefined_where_the_baseline_is_zero():
     np.testing.assert_array_equal(relative_change([2.0, 4.0, 0.0], [3.0, 1.0, 1.0]), [0.5, -0.75, np.nan])
 
 
+def test_the_change_of_an_edge_that_is_noise_in_both_runs_is_no_finding():
+    changes = relative_change([1e4, 0.9, 0.9, 2.0], [1e3, 0.1, 1.8, 0.5])
+    np.testing.assert_allclose(changes, [-0.9, np.nan, 1.0, -0.75])
+
+
+@pytest.mark.parametrize(("ablation", "is_zero"), [("zero", True), ("patching", False)])
+def test_edges_that_are_zero_by_identity_have_no_change(ablation, is_zero, tmp_path):
+    found = compare(two_runs(manifest=MANIFEST | {"ablation": ablation}), resampling=QUICK)
+    undefined = np.flatnonzero(np.isnan(found.relative_change()))
+    names = [BLOCK.edge_name(int(column)) for column in undefined]
+    assert names == (["input→a0<q>", "input→a0<k>", "input→a0<v>"] if is_zero else [])
+    found.write(tmp_path)
+    assert pd.read_parquet(tmp_path / "edges.parquet")["relative change rl"].isna().sum() == len(names)
+
+
 def test_files_hold_the_comparison(tmp_path):
     runs = two_runs()
     found = compare(runs, resampling=QUICK)
@@ -236,9 +215,7 @@ def test_files_hold_the_comparison(tmp_path):
     assert len(table) == BLOCK.n_edges
     strengths = [np.abs(run.scores.astype(np.float64)).mean(0) for run in runs]
     np.testing.assert_allclose(table["strength rl"], strengths[1], rtol=1e-12)
-    np.testing.assert_allclose(
-        table["relative change rl"], relative_change(strengths[0], strengths[1]), rtol=1e-9
-    )
+    np.testing.assert_allclose(table["relative change rl"], found.relative_change(), rtol=1e-9)
 
 
 def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path):
@@ -252,9 +229,7 @@ def test_the_table_shows_both_values_and_the_interval_of_every_metric(n_runs):
     a, b = two_runs()
     runs = [a, b, replace(b, path=Path("runs/dpo"))][:n_runs]
     found = compare(runs, resampling=QUICK)
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(found.to_table())
-    text = console.export_text()
+    text = as_text(found)
     for d in found.differences:
         for shown in (d.metric, f"{d.value:.3g}", f"[{d.low:+.3g}, {d.high:+.3g}]"):
             assert shown in text
@@ -267,11 +242,20 @@ def test_the_table_shows_both_values_and_the_interval_of_every_metric(n_runs):
             {"graph": Graph(3, 4, 4, qkv="merged")},
             r"differ in graph: runs/sft has n_kv_heads=2, qkv='split', runs/rl",
         ),
-        ({"manifest": {"ablation": "mean", "loss": "nll", "cut": None}}, "'zero', runs/rl has 'mean'"),
-        ({"manifest": {"ablation": "zero", "loss": "kl", "cut": None}}, "differ in loss: runs/sft has 'nll'"),
-        ({"manifest": {"ablation": "zero", "loss": "nll", "cut": 8}}, "differ in cut: runs/sft has None"),
+        ({"manifest": MANIFEST | {"ablation": "mean"}}, "'zero', runs/rl has 'mean'"),
+        ({"manifest": MANIFEST | {"loss": "kl"}}, "differ in loss: runs/sft has 'nll'"),
+        ({"manifest": MANIFEST | {"cut": 8}}, "differ in cut: runs/sft has None"),
+        ({"manifest": MANIFEST | {"max_new_tokens": 8}}, "differ in max_new_tokens: runs/sft has None"),
         ({"ids": [f"other{i}" for i in range(30)]}, "share 0 finished samples"),
-        ({"groups": ["g"] * 30}, "sample 'q0' belongs to group None in runs/sft and 'g' in runs/rl"),
+        (
+            {"groups": ["g"] * 30},
+            "sample 'q0' belongs to group None in runs/sft and 'g' in runs/rl; give it one group in both",
+        ),
+        (
+            {"prompts": [[1]] * 30},
+            "sample 'q0' has one prompt in runs/sft and another in runs/rl; .* give the records .* an 'id'",
+        ),
+        ({"answers": [[1]] * 30}, "sample 'q0' has one answer in runs/sft and another in runs/rl"),
         ({"path": Path("runs/sft")}, "run runs/sft is given twice"),
     ],
 )
@@ -289,14 +273,126 @@ def test_one_run_or_one_group_is_no_comparison():
         compare([a, b])
 
 
-@pytest.mark.parametrize("wrong", [{"confidence": 1.0}, {"n_resamples": 10}, {"seed": -1}])
-def test_resampling_that_gives_no_interval_is_refused(wrong):
-    with pytest.raises(EaptkError, match=next(iter(wrong))):
-        Resampling(**wrong)
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_with_six_pairs_and_no_difference_arrows_are_as_rare_as_promised(confidence):
+    """Family-wise: the share of comparisons in which any metric gets an arrow."""
+    resampling = Resampling(confidence=confidence, n_resamples=300)
+    wrong = [
+        any(
+            d.direction != "unresolved" for d in compare(two_runs(6, seed), resampling=resampling).differences
+        )
+        for seed in range(300)
+    ]
+    # The rate has a standard deviation of at most 0.023.
+    assert np.mean(wrong) <= 1 - confidence + 0.05
 
 
-def test_directions_follow_the_interval():
-    base = Difference("intensity", "b", "a", 1.0, 2.0, 1.0, 0.5, 1.5, 0.01, 0.04, 1.0, 9, 9)
-    assert base.direction == "up"
-    assert replace(base, low=-1.5, high=-0.5).direction == "down"
-    assert replace(base, low=-0.5).direction == "unresolved"
+def test_few_groups_are_said_to_show_little():
+    few = compare(two_runs(12, groups=[f"g{i % 6}" for i in range(12)]), resampling=QUICK)
+    assert few.notes == (
+        "only 6 independent groups: intervals are rough, and no p can be below 0.031 before correction",
+    )
+    assert compare(two_runs(12), resampling=QUICK).notes == ()
+
+
+@pytest.mark.parametrize(("n", "has_interval"), [(3, False), (4, True)])
+def test_the_diversity_of_three_samples_has_no_interval(n, has_interval, tmp_path):
+    found = compare(two_runs(n), resampling=QUICK)
+    diversity = by_metric(found)["diversity"]
+    assert (diversity.low is not None, diversity.high is not None) == (has_interval, has_interval)
+    assert (diversity.direction == "unresolved") or has_interval
+    kept = json.loads(found.write(tmp_path)[1].read_text())["differences"]
+    assert {d["metric"] for d in kept if d["low"] is None} == (set() if has_interval else {"diversity"})
+    assert pd.read_csv(tmp_path / "comparison.csv")["low"].isna().sum() == (not has_interval)
+
+
+def test_samples_of_different_datasets_whose_ids_are_line_numbers_are_not_paired():
+    a, b = two_runs()
+    b.prompts[7] = [1, 2, 3]
+    with pytest.raises(EaptkError, match="sample 'q7' has one prompt"):
+        compare([a, b])
+    # Unless it does not take part.
+    b.done[7] = 0
+    assert len(compare([a, b], resampling=QUICK).sample_ids) == 29
+
+
+def test_answers_may_differ_where_each_model_gives_its_own():
+    a, b = two_runs(manifest=MANIFEST | {"loss": "self_nll"})
+    b.answers = [[1]] * 30
+    assert compare([a, b], resampling=QUICK).notes == ()
+
+
+def test_what_could_not_be_verified_is_said():
+    a, b = two_runs()
+    b = replace(b, manifest=MANIFEST | {"tokenizer": "sha256:1", "model": {"dtype": "bfloat16"}})
+    b.prompts = [[1]] * 30
+    found = compare([a, b], resampling=QUICK)
+    assert found.notes == (
+        "tokenizers differ: that rl had the prompts of sft could not be verified",
+        "model dtypes differ: float32 (sft), bfloat16 (rl); part of a difference may be rounding",
+    )
+    assert found.to_dict()["notes"] == list(found.notes)
+    shown = " ".join(as_text(found).split())
+    assert all(f"note: {note}" in shown for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["a"], "there are 1 names for 2 runs"), (["a", "a"], "the name 'a' is given twice")],
+)
+def test_names_that_do_not_fit_the_runs_are_refused(names, message):
+    with pytest.raises(EaptkError, match=message):
+        compare(two_runs(), names=names)
+
+
+def test_names_are_printed_as_they_are():
+    text = as_text(compare(two_runs(), names=["[red]x", "[/]y"], resampling=QUICK))
+    assert "[/]y against [red]x: 30 pairs" in text
+
+
+def test_groups_stand_in_the_title_where_they_are_the_same_for_all_metrics():
+    found = compare(two_runs(14, groups=[f"g{i // 2}" for i in range(14)]), resampling=QUICK)
+    text = as_text(found, width=80)
+    assert "rl against sft: 14 pairs in 7 groups" in text
+    assert "14 in 7" not in text
+    for d in found.differences:
+        assert f"[{d.low:+.3g}, {d.high:+.3g}]" in text
+
+
+def test_control_for_the_loss_adds_two_hypotheses_beside_the_metrics_they_adjust():
+    a, b = two_runs()
+    a.loss, b.loss = np.random.default_rng(0).normal(size=(2, 30))
+    found = compare([a, b], resampling=QUICK, control_loss=True)
+    plain = compare([a, b], resampling=QUICK)
+    assert [d.metric for d in found.differences] == [
+        "intensity",
+        "intensity at equal loss",
+        "complexity",
+        "kurtosis",
+        "kurtosis at equal loss",
+        "diversity",
+        "loss",
+    ]
+    smallest = min((d for d in found.differences if d.metric != "loss"), key=lambda d: d.p)
+    assert smallest.p_holm == pytest.approx(min(1, 6 * smallest.p))
+    assert [replace(d, p_holm=None) for d in found.differences if "equal" not in d.metric] == [
+        replace(d, p_holm=None) for d in plain.differences
+    ]
+    assert found.notes == ()
+    assert as_text(found).count("eq. loss") == 3
+
+
+def test_at_equal_loss_beyond_all_pairs_is_called_an_extrapolation():
+    a, b = two_runs()
+    b.loss = np.linspace(0.5, 1, 30)
+    found = compare([a, b], resampling=QUICK, control_loss=True)
+    assert found.notes == ("every loss of rl is above that of sft: values at equal loss are extrapolated",)
+
+
+def test_a_loss_that_differs_alike_in_all_pairs_cannot_be_controlled_for():
+    a, b = two_runs()
+    b.loss = a.loss + 0.1
+    with pytest.raises(
+        EaptkError, match="the loss of rl differs from that of sft by the same amount in all 30"
+    ):
+        compare([a, b], resampling=QUICK, control_loss=True)
