@@ -1,11 +1,12 @@
 """Pictures of a run's edges and of a comparison (matplotlib, no global state, no display needed).
 
 Rows of a heatmap are sources in order of writing, columns destinations in order of reading. Pairs without an
-edge are grey, as are edges that were not measured.
+edge are grey, as are edges that were not measured, and changes of edges that hold nothing but rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
 
-from eaptk.comparison import Comparison, relative_change
+from eaptk.comparison import NOISE, Comparison, relative_change
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph, Node
-from eaptk.metrics import METRICS
+from eaptk.resampling import AT_EQUAL_LOSS
 from eaptk.sweep import Doubles, Integers
 
 _NO_EDGE = "#e9e9ec"
@@ -70,7 +71,11 @@ def change_figure(
     columns: Integers | None = None,
     title: str = "",
 ) -> Figure:
-    """Heatmap of each edge's relative change, diverging colours about 0; both [e] mean |W|."""
+    """Heatmap of each edge's relative change, diverging colours about 0; both [e] mean |W|.
+
+    Grey where `eaptk.comparison.relative_change` is undefined: edges weaker than 1e-4 of the largest strength
+    in both.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()
@@ -82,7 +87,11 @@ def change_figure(
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Each run's heatmap on one scale, relative changes against the baseline, and every metric's interval."""
+    """Each run's heatmap on one scale, relative changes against the baseline, and every metric's interval.
+
+    Changes are grey where `Comparison.relative_change` is undefined; a metric's interval is grey where its
+    direction is unresolved, and missing where it has none.
+    """
     graph, names, columns = comparison.graph, comparison.names, comparison.metrics[0].columns
     strengths = [_matrix(graph, metrics.strength, columns) for metrics in comparison.metrics]
     changes = [_matrix(graph, comparison.relative_change(k), columns) for k in range(1, len(names))]
@@ -99,7 +108,8 @@ def comparison_figure(comparison: Comparison) -> Figure:
         _strength_bar(above, list(panels[0][: len(names)]))
         change_panels = panels[0][2:] if rows == 1 else panels[1][1:]
         for axes, matrix, name in zip(change_panels, changes, names[1:], strict=True):
-            _change_panel(axes, graph, matrix, limit, f"relative change: {names[0]} → {name}")
+            change = f"relative change: {names[0]} → {name}"
+            _change_panel(axes, graph, matrix, limit, change, comparison.ablation == "zero")
         _change_bar(above, list(change_panels), limit)
         if rows == 2:
             panels[1][0].set_axis_off()
@@ -148,8 +158,20 @@ def _strength_panel(axes: Axes, graph: Graph, matrix: Doubles, scale: LogNorm, t
     _heatmap(axes, graph, np.maximum(matrix, scale.vmin or 0), "viridis", scale, title)
 
 
-def _change_panel(axes: Axes, graph: Graph, matrix: Doubles, limit: float, title: str) -> None:
+def _change_panel(
+    axes: Axes, graph: Graph, matrix: Doubles, limit: float, title: str, zero_ablation: bool = False
+) -> None:
     _heatmap(axes, graph, matrix, "RdBu_r", Normalize(-limit, limit), title)
+    noise = f"below {NOISE:.2%} of the largest strength in both"
+    # Destinations that read little come first and sources that are read little last: this corner is empty.
+    axes.text(
+        0.02,
+        0.02,
+        f"grey: no edge, or {noise}"
+        + ("\nor, under zero ablation, input → a0: zero by identity" if zero_ablation else ""),
+        transform=axes.transAxes,
+        fontsize=7,
+    )
 
 
 def _strength_bar(figure: Figure | SubFigure, axes: list[Axes]) -> None:
@@ -168,7 +190,7 @@ def _change_bar(figure: Figure | SubFigure, axes: list[Axes], limit: float) -> N
 def _heatmap(axes: Axes, graph: Graph, matrix: Doubles, colours: str, scale: Normalize, title: str) -> None:
     palette = matplotlib.colormaps[colours].with_extremes(bad=_NO_EDGE)
     axes.imshow(np.ma.masked_invalid(matrix), cmap=palette, norm=scale, aspect="auto")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     _ticks(axes.xaxis, graph, graph.destinations, "destination")
     _ticks(axes.yaxis, graph, graph.sources, "source")
     for side in axes.spines.values():
@@ -189,6 +211,8 @@ def _ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
     layer = np.array([node.layer for node in nodes])
     step = -(-graph.n_layers // _MOST_LABELS)
     ticks = [(np.flatnonzero(layer == k).mean(), str(k)) for k in range(0, graph.n_layers, step)]
+    if nodes[0].kind == "input":
+        ticks = [(0, "input")] + [tick for tick in ticks if tick[0] > 0.05 * len(nodes)]
     if nodes[-1].kind == "logits":
         # A number close to the end would run into the word.
         ticks = [tick for tick in ticks if tick[0] < 0.92 * len(nodes)] + [(len(nodes) - 1, "logits")]
@@ -199,40 +223,58 @@ def _ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
 
 def _difference_panels(figure: SubFigure, comparison: Comparison) -> None:
     """One small panel a metric, in its own units: differences and intervals, 0 dashed."""
-    metrics = [*METRICS, "loss"]
+    metrics = list(dict.fromkeys(d.metric for d in comparison.differences))
     colours = {"up": "#b2182b", "down": "#2166ac", "unresolved": "#8a8a94"}
     confidence = f"{comparison.resampling.confidence:.0%}"
     figure.suptitle(
         f"difference to {comparison.names[0]} with {confidence} paired bootstrap interval, "
-        f"{len(comparison.sample_ids):,} pairs (grey: the interval holds 0)",
+        f"{comparison.sample_size()} (grey: not resolved after correction)",
         fontsize=10,
+        parse_math=False,
     )
+    if comparison.notes:
+        figure.supxlabel("\n".join(comparison.notes), fontsize=8, parse_math=False)
     for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
         shown = [d for d in comparison.differences if d.metric == metric]
+        # A metric and the same at equal loss share their units.
+        alike = [d for d in comparison.differences if d.metric.split()[0] == metric.split()[0]]
+        exponent = _exponent([value for d in alike for value in (d.low, d.high, d.difference)])
+        unit = 10.0**exponent
         axes.axvline(0, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
         for row, d in enumerate(shown):
-            axes.plot(
-                [d.low, d.high], [row, row], color=colours[d.direction], linewidth=2.5, solid_capstyle="butt"
-            )
-            axes.plot(d.difference, row, "o", color=colours[d.direction], markersize=6)
+            colour = colours[d.direction]
+            if d.low is not None and d.high is not None:
+                ends = [d.low / unit, d.high / unit]
+                axes.plot(ends, [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
+            axes.plot(d.difference / unit, row, "o", color=colour, markersize=6)
             axes.annotate(
                 f"{d.value_baseline:.3g} → {d.value:.3g}",
-                (d.difference, row),
+                (d.difference / unit, row),
                 xytext=(0, 9),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
-        axes.set_title(metric)
+        axes.set_title(metric.replace(AT_EQUAL_LOSS, f"\n{AT_EQUAL_LOSS.strip()}"))
+        if exponent:
+            axes.set_xlabel(rf"in units of $10^{{{exponent}}}$", fontsize=8)
         axes.set_ylim(len(shown) - 0.4, -0.75)
         axes.set_yticks(
-            range(len(shown)), [d.run for d in shown] if metric == metrics[0] else [""] * len(shown)
+            range(len(shown)),
+            [d.run for d in shown] if metric == metrics[0] else [""] * len(shown),
+            parse_math=False,
         )
-        axes.margins(x=0.25)
+        # More panels are narrower, and what is written above the outermost points must fit.
+        axes.margins(x=0.08 * len(metrics))
         axes.locator_params(axis="x", nbins=4)
         axes.tick_params(axis="x", length=2, labelsize=8)
         axes.tick_params(axis="y", length=0)
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
+
+
+def _exponent(values: Sequence[float | None]) -> int:
+    """The power of ten to take out of an axis: a multiple of 3, and 0 for sizes that read well as they are."""
+    largest = max(abs(value) for value in values if value is not None)
+    return 0 if largest == 0 or 1e-2 <= largest < 1e4 else 3 * math.floor(math.log10(largest) / 3)

@@ -91,6 +91,59 @@ def test_labels_do_not_overlap(graph):
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
+def change_panel(figure):
+    return next(axes for axes in figure.axes if axes.get_title().startswith("relative change"))
+
+
+@pytest.mark.parametrize(("ablation", "n_undefined"), [("zero", 3), ("patching", 0)])
+def test_changes_that_are_no_finding_are_grey_and_the_picture_says_so(ablation, n_undefined):
+    graph = GRAPHS["small"]
+    panel = change_panel(comparison_figure(replace(compared(graph), ablation=ablation)))
+    assert np.ma.count(panel.images[0].get_array()) == graph.n_edges - n_undefined
+    text = panel.texts[0].get_text()
+    assert "grey: no edge, or below 0.01% of the largest strength" in text
+    assert ("zero by identity" in text) == bool(n_undefined)
+
+
+def difference_panel(figure, metric):
+    return next(axes for axes in figure.axes if axes.get_title() == metric)
+
+
+def test_an_interval_is_coloured_only_if_the_corrected_test_agrees():
+    comparison = compared(GRAPHS["small"])
+    colours = []
+    for p_holm in (0.01, 0.2):
+        differences = [replace(d, low=1.0, high=2.0, p_holm=p_holm) for d in comparison.differences]
+        figure = comparison_figure(replace(comparison, differences=tuple(differences)))
+        colours.append({line.get_color() for line in difference_panel(figure, "kurtosis").lines[1:]})
+    assert colours == [{"#b2182b"}, {"#8a8a94"}]
+
+
+def test_a_difference_without_an_interval_is_a_point():
+    comparison = compared(GRAPHS["small"])
+    differences = tuple(replace(d, low=None, high=None) for d in comparison.differences)
+    panel = difference_panel(comparison_figure(replace(comparison, differences=differences)), "diversity")
+    assert [len(line.get_xdata()) for line in panel.lines] == [2, 1]
+
+
+def test_small_numbers_have_their_power_of_ten_in_the_label():
+    comparison = compared(GRAPHS["small"], control_loss=False)
+    panel = difference_panel(comparison_figure(comparison), "intensity")
+    d = comparison.differences[0]
+    assert panel.get_xlabel() == "in units of $10^{-6}$"
+    assert panel.lines[-1].get_xdata()[0] == pytest.approx(1e6 * d.difference)
+    panel.figure.canvas.draw()
+    assert panel.xaxis.get_offset_text().get_text() == ""
+
+
+@pytest.mark.parametrize("graph", ["deep", "head"])
+def test_the_row_of_the_input_is_named(graph):
+    figure = strength_figure(GRAPHS[graph], np.ones(GRAPHS[graph].n_edges))
+    axes = figure.axes[0]
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    assert [place for place, label in ticks if label.get_text() == "input"] == [0]
+
+
 def test_edges_that_were_not_measured_are_blank():
     graph = GRAPHS["small"]
     shown = heatmaps(comparison_figure(compared(graph, columns=[2, 7])))[0].get_array()
