@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from eaptk.batch import Sample
 from eaptk.errors import EaptkError
+from eaptk.files import is_meant_as_path
 
 _FIELDS = ("prompt", "answer", "corrupt", "foil")
 #: Columns of samples.parquet that eaptk fills, and that user columns may therefore not be called.
@@ -38,6 +40,8 @@ _FILLED = {
     "loss",
     *(f"{field}_ids" for field in _FIELDS),
 }
+_NO_TEXT = "holds half a surrogate pair, which is no character; remove it, or write the whole character"
+_TOO_DEEP = "is nested too deeply; flatten it"
 
 
 def read_samples(
@@ -59,7 +63,7 @@ def read_samples(
         tokenizer: turns text into tokens; records of token ids need none.
         context: tokens of the longest sequence that the model can be fed; None: no limit.
         vocabulary: token ids that the model has embeddings for; None: not checked.
-        cut: keep at most max(cut, 1) tokens of each answer (and foil).
+        cut: keep at most this many tokens of each answer (and foil).
         own_answers: the model will answer, with up to this many tokens. Records then need no answer, and one
             that is there is carried along as a user column (``answer`` or ``given_answer_ids``).
         limit: read only this many records.
@@ -71,6 +75,9 @@ def read_samples(
     Raises:
         EaptkError: nothing to read, or a record that cannot be used; the message names file, line and remedy.
     """
+    for option, value in (("cut", cut), ("limit", limit)):
+        if value is not None and value < 1:
+            raise EaptkError(f"{option} is {value}; it must be at least 1")
     records = islice(_records(source), limit)
     samples: list[Sample] = []
     seen: dict[str, str] = {}
@@ -79,6 +86,7 @@ def read_samples(
             sample = record if own_answers is None else replace(record, answer_ids=(), foil_ids=None)
         else:
             sample = _Reader(where, record, tokenizer, own_answers is not None).sample(str(number))
+        _check_text(sample, where)
         if sample.id in seen:
             raise EaptkError(
                 f"{where}: id {sample.id!r} is already that of {seen[sample.id]}; ids must be unique, "
@@ -89,13 +97,8 @@ def read_samples(
             raise EaptkError(f"{where}: {min(clash)!r} is a column that eaptk fills itself; rename it")
         _check_tokens(sample, where, vocabulary, own_answers is not None)
         if cut is not None:
-            sample = _cut(sample, max(int(cut), 1))
-        n_tokens = len(sample.prompt_ids) + (own_answers or len(sample.answer_ids)) - 1
-        if context is not None and n_tokens > context:
-            raise EaptkError(
-                f"{where}: {n_tokens} tokens of prompt and answer are longer than the model's context "
-                f"of {context}; shorten the prompt, or cut the answer"
-            )
+            sample = _cut(sample, cut)
+        _check_length(sample, where, context, own_answers)
         samples.append(sample)
     if not samples:
         name = source if isinstance(source, (str, Path)) else "the dataset"
@@ -143,9 +146,23 @@ def samples_table(samples: Sequence[Sample]) -> pa.Table:
 
 def _user_column(values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values)
-    except (pa.ArrowException, TypeError, OverflowError):  # of mixed types: keep them as JSON
-        return pa.array([None if v is None else json.dumps(v, default=str) for v in values], pa.string())
+        column = pa.array(values)
+    except (pa.ArrowException, TypeError, OverflowError):  # of mixed types
+        column = None
+    if column is None or not _parquet_holds(column):
+        column = pa.array([None if v is None else json.dumps(v, default=str) for v in values], pa.string())
+    return column
+
+
+def _parquet_holds(column: pa.Array) -> bool:
+    """Not what is an object without fields, or nested more deeply than readers go."""
+    file = pa.BufferOutputStream()
+    try:
+        pq.write_table(pa.table({"column": column.slice(0, 0)}), file)
+        pq.read_table(pa.BufferReader(file.getvalue()))
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def _records(source: Any) -> Iterator[tuple[str, int, Any]]:
@@ -170,7 +187,7 @@ def _records(source: Any) -> Iterator[tuple[str, int, Any]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path} line {number}"
                 if line.strip():
@@ -189,6 +206,8 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise EaptkError(f"{where} is not valid JSON ({problem}); write one object a line") from error
+    except RecursionError:
+        raise EaptkError(f"{where} {_TOO_DEEP}") from None
     if not isinstance(record, dict):
         raise EaptkError(f'{where} is not an object; write {{"prompt": …, "answer": …}}')
     return record
@@ -197,11 +216,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
 def _hugging_face(source: str | Path) -> Any:
     """A dataset from a local folder or the hub."""
     name, _, split = str(source).partition(":")
-    on_hub = (
-        not name.startswith((".", "/", "~"))
-        and name.count("/") <= 1
-        and not name.endswith((".jsonl", ".json"))
-    )
+    on_hub = not is_meant_as_path(name) and not name.endswith((".jsonl", ".json"))
     if not Path(name).is_dir() and not on_hub:
         raise EaptkError(f"no such file: {source}; give a JSONL file or a Hugging Face dataset")
     try:
@@ -272,8 +287,12 @@ class _Reader:
                 raise self._error(
                     f"{field!r} is text, but there is no tokenizer; give '{field}_ids', or a tokenizer"
                 )
+            if not _is_unicode(text):
+                raise self._error(f"{field!r} {_NO_TEXT}")
             ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         elif ids is None:
+            if required and not self.record.keys().isdisjoint((field, f"{field}_ids")):
+                raise self._error(f"its {field!r} is null; give text, or token ids as '{field}_ids'")
             if required:
                 raise self._error(f"it has no {field!r} (nor '{field}_ids'){self._guess(field)}")
             return None
@@ -295,6 +314,48 @@ class _Reader:
 def _cut(sample: Sample, n: int) -> Sample:
     foil = None if sample.foil_ids is None else sample.foil_ids[:n]
     return replace(sample, answer_ids=sample.answer_ids[:n], foil_ids=foil)
+
+
+def _check_text(sample: Sample, where: str) -> None:
+    """What samples.parquet can hold: every name and every text in UTF-8."""
+    for name, value in {"id": sample.id, "group": sample.group, **sample.extra}.items():
+        if not isinstance(name, str):
+            raise EaptkError(
+                f"{where}: the field name {name!r} is {type(name).__name__}, not text; rename it"
+            )
+        try:
+            # As deep as the lines by which a run knows its dataset.
+            content = json.dumps([[name, value]], ensure_ascii=False, default=str)
+        except RecursionError:
+            raise EaptkError(f"{where}: {name!r} {_TOO_DEEP}") from None
+        except (TypeError, ValueError) as error:  # keys that are no text, an object within itself
+            raise EaptkError(f"{where}: {name!r} cannot be kept ({error}); leave it out") from error
+        if not _is_unicode(content):
+            raise EaptkError(f"{where}: {name!a} {_NO_TEXT}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_length(sample: Sample, where: str, context: int | None, own_answers: int | None) -> None:
+    n_prompt = len(sample.prompt_ids)
+    n_tokens = n_prompt + (own_answers or len(sample.answer_ids)) - 1
+    if context is None or n_tokens <= context:
+        return
+    if own_answers is None:
+        raise EaptkError(
+            f"{where}: {n_tokens} tokens of prompt and answer are longer than the model's context "
+            f"of {context}; shorten the prompt, or cut the answer"
+        )
+    raise EaptkError(
+        f"{where}: {n_prompt} tokens of prompt and up to {own_answers} of the model's own answer are longer "
+        f"than the model's context of {context}; lower max_new_tokens (--max-new-tokens), or shorten the prompt"
+    )
 
 
 def _check_tokens(sample: Sample, where: str, vocabulary: int | None, own_answers: bool) -> None:

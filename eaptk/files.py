@@ -20,6 +20,16 @@ DAMAGED = "restore it from a copy, or delete the folder and score again"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_meant_as_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a name that may be a local path or one on the hub (``name``, ``owner/name``) can only be a path.
+
+    A typing error in a path is then found here, and not by asking the hub for a model of that name.
+    """
+    if not isinstance(name, str) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path`, synced and whole, when the block succeeds."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eaptk.architecture import find_architecture
 from eaptk.errors import EaptkError
+from eaptk.files import is_meant_as_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -35,12 +36,15 @@ def load_config(name: str | os.PathLike[str]) -> Any:
         raise EaptkError(
             f"{path} is no model: it has no config.json; give the folder that `save_pretrained` wrote"
         )
-    if path.is_file() or (not path.is_dir() and _is_path(name)):
+    if path.is_file() or (not path.is_dir() and is_meant_as_path(name)):
         raise EaptkError(f"{path} is no model: no such folder; give a folder with config.json and weights")
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # of many kinds: broken JSON, unknown type, no network
-        raise EaptkError(f"{name} is no model that can be loaded: {_first_line(error)}") from error
+        found = f"{name} is no model that can be loaded"
+        if not path.is_dir():
+            found = f"there is no folder {name} here, and no model of that name came from the hub"
+        raise EaptkError(f"{found}: {_first_line(error)}") from error
     refuse_unsupported(config, str(name))
     return config
 
@@ -174,10 +178,6 @@ def _device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # an unknown name, or torch built without it
         raise EaptkError(f"device {device!r} cannot be used: {_first_line(error)}") from error
     return found
-
-
-def _is_path(name: str | os.PathLike[str]) -> bool:
-    return not isinstance(name, str) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _first_line(error: BaseException) -> str:

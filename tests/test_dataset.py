@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from eaptk.batch import Sample
 from eaptk.dataset import plan_batches, read_samples, samples_table
 from eaptk.errors import EaptkError
+from eaptk.files import read_table, write_table
 
 TEXT = {"id": "a", "prompt": "w0 w1", "answer": "w2 w3"}
 TOKENS = {"id": "a", "prompt_ids": [0, 3, 4], "answer_ids": [5, 6]}
@@ -87,12 +88,16 @@ def test_a_limit_reads_only_the_first_records(tmp_path: Path) -> None:
     assert len(read_samples(tmp_path / "data.jsonl", make_tokenizer(), limit=1)) == 1
 
 
-@pytest.mark.parametrize(("cut", "left"), [(1, (5,)), (0, (5,)), (2, (5, 6)), (9, (5, 6)), (None, (5, 6))])
-def test_a_cut_leaves_at_most_that_many_tokens_and_at_least_one(
-    cut: int | None, left: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(("cut", "left"), [(1, (5,)), (2, (5, 6)), (9, (5, 6)), (None, (5, 6))])
+def test_a_cut_leaves_at_most_that_many_tokens(cut: int | None, left: tuple[int, ...]) -> None:
     (sample,) = read_samples([{**TOKENS, "foil_ids": [5, 6]}], cut=cut)
     assert sample.answer_ids == sample.foil_ids == left
+
+
+@pytest.mark.parametrize("option", ["cut", "limit"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_a_cut_or_limit_that_leaves_nothing_is_refused(option: str, value: int) -> None:
+    assert refused([TOKENS], **{option: value}) == f"{option} is {value}; it must be at least 1"
 
 
 def test_records_for_a_model_that_answers_need_no_answer_and_carry_a_given_one_along() -> None:
@@ -153,7 +158,31 @@ def test_records_for_a_model_that_answers_need_no_answer_and_carry_a_given_one_a
             '{"prompt": "w1", "answer": "w2", "loss": 1}',
             "line 2: 'loss' is a column that eaptk fills itself; rename it",
         ),
+        (
+            '{"prompt": "w1", "answer": null}',
+            "line 2: its 'answer' is null; give text, or token ids as 'answer_ids'",
+        ),
+        ('{"prompt": "w1 \\ud800", "answer": "w2"}', "line 2: 'prompt' holds half a surrogate pair"),
+        ('{"prompt": "w1", "answer": "\\udfff"}', "line 2: 'answer' holds half a surrogate pair"),
+        ('{"id": "\\ud800", "prompt": "w1", "answer": "w2"}', "line 2: 'id' holds half a surrogate pair"),
+        (
+            '{"group": "\\ud800", "prompt": "w1", "answer": "w2"}',
+            "line 2: 'group' holds half a surrogate pair",
+        ),
+        (
+            '{"prompt": "w1", "answer": "w2", "note": {"by": ["\\ud800"]}}',
+            "line 2: 'note' holds half a surrogate pair, which is no character; remove it",
+        ),
+        (
+            '{"prompt": "w1", "answer": "w2", "\\ud800": 1}',
+            "line 2: '\\ud800' holds half a surrogate pair",
+        ),
+        (
+            '{"prompt": "w1", "answer": "w2", "note": ' + "[" * 5000 + "]" * 5000 + "}",
+            "line 2 is nested too deeply; flatten it",
+        ),
     ],
+    ids=lambda value: value[:60],
 )
 def test_a_bad_line_is_named_with_its_remedy(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "data.jsonl"
@@ -173,7 +202,10 @@ def test_a_cut_answer_only_has_to_fit_as_cut() -> None:
 
 
 def test_room_is_kept_for_the_models_own_answer() -> None:
-    assert "longer than the model's context" in refused([{"prompt_ids": [3, 4]}], context=4, own_answers=4)
+    assert refused([{"prompt_ids": [3, 4]}], context=4, own_answers=4) == (
+        "the dataset row 0: 2 tokens of prompt and up to 4 of the model's own answer are longer than the "
+        "model's context of 4; lower max_new_tokens (--max-new-tokens), or shorten the prompt"
+    )
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:
@@ -208,6 +240,50 @@ def test_user_columns_of_mixed_types_are_kept_as_json() -> None:
         {**TOKENS, "id": str(i), "note": note} for i, note in enumerate([1, "two", None, {"three": 3}])
     ]
     assert samples_table(read_samples(records))["note"].to_pylist() == ["1", '"two"', None, '{"three": 3}']
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [({}, "{}"), ([{}], "[{}]"), ({"by": {}}, '{"by": {}}'), ([[[[]]]], [[[[]]]]), ({"by": 1}, {"by": 1})],
+    ids=str,
+)
+def test_a_user_column_that_parquet_does_not_know_is_kept_as_json(
+    tmp_path: Path, value: Any, kept: Any
+) -> None:
+    write_table(tmp_path / "samples.parquet", samples_table(read_samples([{**TOKENS, "note": value}])))
+    assert read_table(tmp_path / "samples.parquet")["note"].to_pylist() == [kept]
+
+
+@pytest.mark.parametrize("depth", [60, 400])
+def test_a_user_column_nested_more_deeply_than_readers_go_is_kept_as_json(tmp_path: Path, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    samples = read_samples([{**TOKENS, "note": json.loads(nested)}])
+    write_table(tmp_path / "samples.parquet", samples_table(samples))
+    assert read_table(tmp_path / "samples.parquet")["note"].to_pylist() == [nested]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({3: "x"}, "row 0: the field name 3 is int, not text; rename it"),
+        ({"note": {(1, 2): "x"}}, "row 0: 'note' cannot be kept (keys must be str"),
+    ],
+)
+def test_fields_that_no_table_holds_are_refused(extra: dict[Any, Any], message: str) -> None:
+    assert message in refused([{**TOKENS, **extra}])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(TEXT), encoding="utf-8-sig")
+    assert read_samples(tmp_path / "data.jsonl", make_tokenizer()) == read_samples([TEXT], make_tokenizer())
+
+
+def test_a_name_beside_local_folders_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert refused("data/nope").startswith("no such file: data/nope; give a JSONL file")
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 100))
