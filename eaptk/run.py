@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, Literal
 
 import torch
@@ -35,12 +36,13 @@ from eaptk.loading import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from eaptk.losses import LossFunction, LossName
+from eaptk.losses import LOSSES, LossFunction, LossName
 from eaptk.store import Run, RunWriter
 
+#: What a run can score: the losses of `attribute`, and the model's own answers.
 RunLoss = LossName | Literal["self_nll"] | LossFunction
+RUN_LOSSES = (*LOSSES, "self_nll")
 RowDtype = Literal["float32", "float16"]
-LOSSES = ("nll", "self_nll", "logit_diff", "kl")
 
 #: Told how many more tokens are done.
 _Advance = Callable[[int], None]
@@ -80,10 +82,12 @@ def score(
         ablation: see `attribute`. ``"patching"`` needs a corrupt prompt in every sample; ``"mean"`` takes the
             means of the whole dataset in a first pass.
         loss: a loss of `attribute` on the given answers, or ``"self_nll"``: on the model's own greedy
-            answers, fixed before scoring starts. A callable is known to a resume by its qualified name alone.
-        cut: score at most max(cut, 1) tokens of each answer.
+            answers, fixed before scoring starts. A callable must be a function of a module: a resume knows it
+            by its name and its bytecode, not by what it calls.
+        cut: score at most this many tokens of each answer.
         max_new_tokens: of the model's own answers.
-        tokens_per_batch: padding included; the dial between memory and speed. A resume must repeat it.
+        tokens_per_batch: padding included; the dial between memory and speed. A resume must repeat it
+            once a row is done; until then it may change, and answers that are there are kept.
         row_dtype: of scores.npy.
         limit: use only this many records of the dataset.
         dtype, device, attention: as for `load_model`, for a model that is loaded here.
@@ -95,7 +99,7 @@ def score(
     Raises:
         EaptkError: anything the user can put right, before the first row where it can be known by then.
     """
-    _check_options(ablation, loss, row_dtype, tokens_per_batch, max_new_tokens)
+    _check_options(ablation, loss, row_dtype, tokens_per_batch, max_new_tokens, cut)
     if isinstance(model, nn.Module) and (dtype or device or attention):
         raise EaptkError(
             "dtype, device and attention are for a model given by name; this one is loaded already"
@@ -105,7 +109,7 @@ def score(
     graph = Graph.from_config(config, granularity, qkv)
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(model)
-    n_new = min(max_new_tokens, max_new_tokens if cut is None else max(int(cut), 1))
+    n_new = max_new_tokens if cut is None else min(max_new_tokens, cut)
     samples = read_samples(
         dataset,
         tokenizer,
@@ -200,7 +204,8 @@ def _answered(
         answers = writer.answers()
         plan = plan_batches([len(sample.prompt_ids) + n_new for sample in samples], tokens_per_batch)
         left = [batch for batch in plan if not all(row in answers for row in batch)]
-        with _bar("answering", len(samples), len(answers), progress, unit="prompts") as advance:
+        n_kept = len(samples) - sum(map(len, left))
+        with _bar("answering", len(samples), n_kept, progress, unit="prompts") as advance:
             for found in greedy_answers(model, samples, left, n_new):
                 writer.keep_answers(found)
                 answers |= found
@@ -239,18 +244,23 @@ def _means(
 
 
 def _check_options(
-    ablation: str, loss: Any, row_dtype: str, tokens_per_batch: int, max_new_tokens: int
+    ablation: str, loss: Any, row_dtype: str, tokens_per_batch: int, max_new_tokens: int, cut: int | None
 ) -> None:
     for name, value, allowed in (
         ("ablation", ablation, ABLATIONS),
         ("row_dtype", row_dtype, ("float32", "float16")),
-        ("loss", None if callable(loss) else loss, (*LOSSES, None)),
+        ("loss", None if callable(loss) else loss, (*RUN_LOSSES, None)),
     ):
         if value not in allowed:
             raise EaptkError(f"{name} is {value!r}; it must be one of {', '.join(filter(None, allowed))}")
-    for name, number in (("tokens_per_batch", tokens_per_batch), ("max_new_tokens", max_new_tokens)):
-        if number < 1:
+    for name, number in (
+        ("tokens_per_batch", tokens_per_batch),
+        ("max_new_tokens", max_new_tokens),
+        ("cut", cut),
+    ):
+        if number is not None and number < 1:
             raise EaptkError(f"{name} is {number}; it must be at least 1")
+    _loss_name(loss)
     if loss == "kl" and ablation != "patching":
         raise EaptkError(
             f"loss 'kl' compares with a corrupted run; use it with ablation 'patching', not {ablation!r}"
@@ -300,7 +310,29 @@ def _fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def _loss_name(loss: RunLoss) -> str:
-    return f"{loss.__module__}.{loss.__qualname__}" if callable(loss) else loss
+    """The loss as the manifest records it: a function of one's own with a fingerprint of its code."""
+    if not callable(loss):
+        return loss
+    # A lambda shares its name with others; a closure, a method or an object hides values its code does not show.
+    if not isinstance(loss, FunctionType) or "<" in loss.__qualname__ or loss.__closure__:
+        raise EaptkError(
+            f"the loss {getattr(loss, '__qualname__', type(loss).__qualname__)} has no name and code of its own "
+            f"that a resume could know it by; give a named function of a module"
+        )
+    code = _code_facts((loss.__code__, loss.__defaults__, tuple((loss.__kwdefaults__ or {}).items())))
+    return f"{loss.__module__}.{loss.__qualname__} sha256:{hashlib.sha256(code.encode()).hexdigest()}"
+
+
+def _code_facts(value: Any) -> str:
+    """What a function computes, as text that is the same in every process."""
+    if isinstance(value, CodeType):
+        return _code_facts((value.co_code, value.co_names, value.co_consts))
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_code_facts, value))})"
+    if isinstance(value, frozenset):  # ordered by hashes, which vary
+        return f"{{{', '.join(sorted(map(_code_facts, value)))}}}"
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes, type(...)))
+    return repr(value) if plain else type(value).__qualname__  # others show their address
 
 
 def _transformers() -> str:

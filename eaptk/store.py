@@ -8,7 +8,7 @@
 
 A run with mean ablation keeps its means.safetensors. While a run is going there are also ``loss.npy``
 [n_samples] float64 (folded into samples.parquet at the end) and, for answers of the model's own,
-``answers.jsonl`` until samples.parquet holds them all.
+``answers.jsonl``. An empty ``.lock`` stays: the process that writes the run holds it.
 
 What makes every moment a safe one to be killed in:
 
@@ -56,6 +56,9 @@ SCHEMA = 1
 
 #: Keys of the manifest that say who ran it, not what was run: a resume may differ in them.
 _UNMATCHED = ("provenance", "model.id")
+
+#: Keys that say nothing of the model's own answers: while no row is done these may change and answers are kept.
+_NO_MATTER_TO_ANSWERS = ("tokens_per_batch", "graph", "ablation", "row_dtype")
 
 #: Syncing to disk may take this share of a run's time; rows wait in the page cache until a commit is due.
 _COMMIT_SHARE = 0.05
@@ -157,15 +160,14 @@ class RunWriter:
 
     Raises:
         EaptkError: another process is writing the run; the directory holds finished rows of a run with
-            another manifest, or files that are no run; the disk is too small or read-only; a file is cut.
+            another manifest, generated answers that another manifest would not give, or files that are no
+            run; the disk is too small or read-only; a file is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.manifest = {"schema": SCHEMA, **manifest}
-        self.graph = Graph.from_dict(self.manifest["graph"])
-        self.n_samples = int(self.manifest["dataset"]["samples"])
-        self._dtype = np.dtype(self.manifest["row_dtype"])
+        self.graph, self.n_samples, self._dtype = _layout(self.manifest)
         self._open_files = contextlib.ExitStack()
         self._pending: list[int] = []
         self._commit_due = 0.0
@@ -173,19 +175,15 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         try:
             with explained(self.path):
+                self._refuse_foreign_files()
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock()
             stored = _read_manifest(self.path)
-            if stored is None:
-                self._refuse_foreign_files()
-            differences = [] if stored is None else _differences(stored, self.manifest)
-            if stored is not None and differences and _has_finished_rows(self.path, stored):
-                raise EaptkError(
-                    f"{self.path} holds another run: {'; '.join(differences)}; "
-                    f"repeat the command that made it, or choose another folder"
-                )
+            differences = {} if stored is None else _differences(stored, self.manifest)
+            if stored is not None and differences:
+                self._refuse_to_lose(stored, differences)
             if stored is None or differences or not self.begun:
-                self._create(keep_answers=stored is not None and not differences)
+                self._create()
             if self.begun:
                 self._open_arrays()
         except BaseException:
@@ -220,7 +218,12 @@ class RunWriter:
         if not path.exists():
             return {}
         whole = path.read_bytes().rpartition(b"\n")[0]  # the last line may be torn
-        return dict(json.loads(line) for line in whole.splitlines())
+        try:
+            return dict(json.loads(line) for line in whole.splitlines())
+        except (TypeError, ValueError) as error:
+            raise EaptkError(
+                f"{path} is damaged ({error}); delete it, and its prompts are answered again"
+            ) from error
 
     def keep_answers(self, answers: Mapping[int, Sequence[int]]) -> None:
         """Make generated answers durable before the run begins, so that a resume need not repeat them."""
@@ -240,7 +243,6 @@ class RunWriter:
             write_table(self.path / "samples.parquet", samples)
             with whole_file(self.path / "done.npy") as temporary:
                 reserve_array(temporary, (self.n_samples,), np.dtype(np.uint8))
-            (self.path / "answers.jsonl").unlink(missing_ok=True)
         self._open_arrays()
 
     def write(self, rows: Sequence[int], scores: npt.NDArray[Any], loss: npt.NDArray[np.float64]) -> None:
@@ -283,7 +285,7 @@ class RunWriter:
         self.commit()
         if not self.done.all():
             raise ValueError(f"{(~self.done).sum()} rows of {self.path} were never written")
-        (self.path / "answers.jsonl").unlink(missing_ok=True)  # a kill within `begin` leaves it
+        (self.path / "answers.jsonl").unlink(missing_ok=True)
         losses = self.path / "loss.npy"
         if losses.exists():
             loss = np.array(map_array(losses, (self.n_samples,), np.dtype(np.float64)))
@@ -305,24 +307,39 @@ class RunWriter:
             ) from None
 
     def _refuse_foreign_files(self) -> None:
+        if not self.path.is_dir():
+            return
         foreign = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
-        if foreign:
+        # In this order: another process may be starting a run here, and its manifest is the first to appear.
+        if foreign and not (self.path / "manifest.json").exists():
             raise EaptkError(
                 f"{self.path} is no run (no manifest.json) but holds {foreign[0]!r}; choose another folder"
             )
 
-    def _create(self, keep_answers: bool) -> None:
-        """Lay out a run with no rows. What is there holds no finished row, so it may go."""
+    def _refuse_to_lose(self, stored: Mapping[str, Any], differences: Mapping[str, str]) -> None:
+        """Rows and answers take hours: another command may not replace them."""
+        if _has_finished_rows(self.path, stored):
+            held, unlike = "finished rows", list(differences.values())
+        else:
+            held = "generated answers"
+            unlike = [text for key, text in differences.items() if not key.startswith(_NO_MATTER_TO_ANSWERS)]
+            unlike = unlike if self.answers() else []
+        if unlike:
+            raise EaptkError(
+                f"{self.path} holds {held} of another run: {'; '.join(unlike)}; "
+                f"repeat the command that made it, or choose another folder"
+            )
+
+    def _create(self) -> None:
+        """Lay out a run with no rows. What is there holds no finished row, so all but answers may go."""
         shape = (self.n_samples, self.graph.n_edges)
         with explained(self.path):
             for name in ("done.npy", "scores.npy", "loss.npy", "means.safetensors", "samples.parquet"):
                 (self.path / name).unlink(missing_ok=True)
-            if not keep_answers:
-                (self.path / "answers.jsonl").unlink(missing_ok=True)
             with whole_file(self.path / "scores.npy") as temporary:
                 reserve_array(temporary, shape, self._dtype)
                 with whole_file(self.path / "manifest.json") as manifest:
-                    manifest.write_text(json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+                    manifest.write_text(json.dumps(self.manifest, indent=2) + "\n")
             with whole_file(self.path / "loss.npy") as temporary:
                 reserve_array(temporary, (self.n_samples,), np.dtype(np.float64))
             edges = pa.Table.from_pandas(self.graph.to_frame(), preserve_index=False)
@@ -349,7 +366,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a run directory, None if there is none."""
     file = path / "manifest.json"
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -361,7 +378,22 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
             f"run {path} has schema version {manifest['schema']!r}, this eaptk knows {SCHEMA}; "
             f"use the eaptk that wrote it, or score again into another folder"
         )
+    try:
+        _layout(manifest)
+    except KeyError as error:
+        raise EaptkError(f"{file} is damaged: it has no {error}; {DAMAGED}") from error
+    except (TypeError, ValueError, EaptkError) as error:
+        raise EaptkError(f"{file} is damaged ({error}); {DAMAGED}") from error
     return manifest
+
+
+def _layout(manifest: Mapping[str, Any]) -> tuple[Graph, int, np.dtype[Any]]:
+    """What the sizes of a run's files follow from: its graph, number of samples and row dtype."""
+    return (
+        Graph.from_dict(manifest["graph"]),
+        int(manifest["dataset"]["samples"]),
+        np.dtype(manifest["row_dtype"]),
+    )
 
 
 def _has_finished_rows(path: Path, manifest: Mapping[str, Any]) -> bool:
@@ -369,14 +401,14 @@ def _has_finished_rows(path: Path, manifest: Mapping[str, Any]) -> bool:
     return done.exists() and bool(map_array(done, (n_samples,), np.dtype(np.uint8)).any())
 
 
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What tells two manifests apart, key by key, with both values."""
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """What tells two manifests apart: by key, a text with both values."""
     ours, theirs = _flat(wanted), _flat(stored)
-    return [
-        f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here"
+    return {
+        key: f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here"
         for key in {**theirs, **ours}
         if theirs.get(key) != ours.get(key)
-    ]
+    }
 
 
 def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

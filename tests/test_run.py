@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import losses
 import numpy as np
 import pytest
 import torch
@@ -109,8 +115,99 @@ def enormous(logits: torch.Tensor, batch: eaptk.Batch) -> torch.Tensor:
     return logits.flatten(1).sum(1) * 1e7
 
 
-def test_a_loss_of_ones_own_is_known_by_its_name(tmp_path: Path) -> None:
-    assert score(tmp_path / "run", loss=enormous).manifest["loss"].endswith("enormous")
+def closure(factor: float) -> Any:
+    def scaled(logits: torch.Tensor, batch: eaptk.Batch) -> torch.Tensor:
+        return logits.flatten(1).sum(1) * factor
+
+    return scaled
+
+
+@dataclass
+class Scaled:
+    factor: float
+
+    def loss(self, logits: torch.Tensor, batch: eaptk.Batch) -> torch.Tensor:
+        return logits.flatten(1).sum(1) * self.factor
+
+
+def test_a_loss_of_ones_own_is_known_by_its_name_in_every_process(tmp_path: Path) -> None:
+    run = score(tmp_path / "run", loss=losses.of_a_set)
+    name, fingerprint = run.manifest["loss"].split()
+    assert name == "losses.of_a_set"
+    for seed in ("1", "2"):  # sets are ordered by hashes
+        code = "from eaptk.run import _loss_name; import losses; print(_loss_name(losses.of_a_set))"
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
+        shown = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        ).stdout
+        assert shown.split() == [name, fingerprint]
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("logits.sum((1, 2))", "logits.mean((1, 2))"),
+        ("logits.sum((1, 2)) * 2.0", "logits.sum((1, 2)) * 3.0"),
+        ("sum(x.sum(1) for x in (logits, logits)).sum(1)", "sum(x.sum(1) for x in (logits, -logits)).sum(1)"),
+    ],
+    ids=["name", "constant", "inner function"],
+)
+def test_a_loss_whose_code_has_changed_is_refused(tmp_path: Path, then: str, now: str) -> None:
+    def defined(body: str) -> Any:
+        names: dict[str, Any] = {"__name__": "mine"}
+        exec(f"def loss(logits, batch):\n    return {body}", names)
+        return names["loss"]
+
+    first = score(tmp_path / "run", loss=defined(then))
+    assert np.array_equal(score(tmp_path / "run", loss=defined(then)).scores, first.scores)
+    assert "loss is 'mine.loss sha256:" in refused(tmp_path / "run", loss=defined(now))
+
+
+def test_answers_survive_a_change_of_batches_that_an_error_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is answered twice, whether memory ran out while answering or in the first batch of scores."""
+    whole = score(tmp_path / "whole", loss="self_nll", max_new_tokens=5, tokens_per_batch=30)
+    manifest = {k: v for k, v in whole.manifest.items() if k != "schema"} | {"tokens_per_batch": 10_000}
+    answers = dict(enumerate(whole.samples["answer_ids"].to_pylist()))
+    with RunWriter(tmp_path / "answering", manifest) as writer:
+        writer.keep_answers(answers)
+    with RunWriter(tmp_path / "scoring", manifest) as writer:
+        writer.keep_answers(answers)
+        writer.begin(whole.samples.drop_columns(["loss"]))
+    model = make_model()
+    monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("a prompt was answered again"))
+    for stage in ("answering", "scoring"):
+        run = score(tmp_path / stage, model=model, loss="self_nll", max_new_tokens=5, tokens_per_batch=30)
+        assert np.array_equal(run.scores, whole.scores)
+        assert run.manifest["tokens_per_batch"] == 30
+        assert not (run.path / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        ({"max_new_tokens": 4}, "max_new_tokens is 5 there, 4 here"),
+        ({"cut": 5}, "cut is None there, 5 here"),
+        ({"loss": "nll"}, "loss is 'self_nll' there, 'nll' here"),
+        ({"model": make_model(seed=1)}, "model.weights is 'sha256:"),
+        ({"dataset": RECORDS[::-1]}, "dataset.fingerprint is 'sha256:"),
+    ],
+    ids=["max-new-tokens", "cut", "loss", "weights", "dataset"],
+)
+def test_answers_are_not_thrown_away_for_another_run(
+    tmp_path: Path, option: dict[str, Any], shown: str
+) -> None:
+    whole = score(tmp_path / "whole", loss="self_nll", max_new_tokens=5)
+    with RunWriter(tmp_path / "run", {k: v for k, v in whole.manifest.items() if k != "schema"}) as writer:
+        writer.keep_answers({0: [3, 4]})
+    message = refused(
+        tmp_path / "run", **{"loss": "self_nll", "max_new_tokens": 5, "tokens_per_batch": 50} | option
+    )
+    assert "holds generated answers of another run: " in message
+    assert shown in message
+    assert "tokens_per_batch" not in message
+    assert (tmp_path / "run/answers.jsonl").read_text() == "[0, [3, 4]]\n"
 
 
 def test_the_models_own_answers_are_those_it_finds_most_likely(tmp_path: Path) -> None:
@@ -185,12 +282,19 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"ablation": "none"}, "ablation is 'none'; it must be one of zero, patching, mean"),
-        ({"loss": "mse"}, "loss is 'mse'; it must be one of nll, self_nll, logit_diff, kl"),
+        ({"loss": "mse"}, "loss is 'mse'; it must be one of nll, logit_diff, kl, self_nll"),
         ({"granularity": "neuron"}, "granularity is 'neuron'"),
         ({"row_dtype": "int8"}, "row_dtype is 'int8'"),
         ({"loss": "kl"}, "use it with ablation 'patching', not 'zero'"),
         ({"tokens_per_batch": 0}, "tokens_per_batch is 0; it must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"cut": -3}, "cut is -3; it must be at least 1"),
+        ({"cut": 0}, "cut is 0; it must be at least 1"),
+        ({"limit": -1}, "limit is -1; it must be at least 1"),
+        ({"loss": lambda logits, batch: logits.sum((1, 2))}, "the loss <lambda> has no name and code"),
+        ({"loss": partial(enormous)}, "the loss partial has no name and code of its own"),
+        ({"loss": closure(2.0)}, "closure.<locals>.scaled has no name and code of its own"),
+        ({"loss": Scaled(2.0).loss}, "give a named function of a module"),
         ({"dtype": "bfloat16"}, "this one is loaded already"),
         ({"loss": "self_nll", "max_new_tokens": CONTEXT}, f"longer than the model's context of {CONTEXT}"),
     ],
@@ -223,22 +327,24 @@ def test_weights_that_are_not_finite_name_the_sample(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_after_an_error_that_has_been_put_right(tmp_path: Path) -> None:
-    whole = score(tmp_path / "whole", loss=fails_at("none"))
+    whole = score(tmp_path / "whole", loss=fails_for_unlucky_samples)
+    UNLUCKY.add("q5")
     with pytest.raises(RuntimeError, match="no luck"):
-        score(tmp_path / "run", loss=fails_at("q5"))
+        score(tmp_path / "run", loss=fails_for_unlucky_samples)
     assert 0 < eaptk.Run.open(tmp_path / "run").done.sum() < len(RECORDS)
-    resumed = score(tmp_path / "run", loss=fails_at("none"))
+    UNLUCKY.clear()
+    resumed = score(tmp_path / "run", loss=fails_for_unlucky_samples)
     assert np.array_equal(resumed.scores, whole.scores)
     assert np.array_equal(resumed.loss, whole.loss)
 
 
-def fails_at(sample: str) -> Any:
-    def loss(logits: torch.Tensor, batch: eaptk.Batch) -> torch.Tensor:
-        if sample in batch.names:
-            raise RuntimeError("no luck")
-        return logits.square().flatten(1).sum(1)
+UNLUCKY: set[str] = set()
 
-    return loss
+
+def fails_for_unlucky_samples(logits: torch.Tensor, batch: eaptk.Batch) -> torch.Tensor:
+    if UNLUCKY.intersection(batch.names):
+        raise RuntimeError("no luck")
+    return logits.square().flatten(1).sum(1)
 
 
 def test_a_batch_of_which_only_some_rows_are_done_is_computed_again_whole(tmp_path: Path) -> None:

@@ -237,6 +237,48 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_a_folder_of_something_else_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    refused(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"graph": None}, r"manifest.json is damaged: it has no 'graph'; restore it"),
+        ({"dataset": None}, r"manifest.json is damaged: it has no 'dataset'; restore it"),
+        ({"row_dtype": None}, r"manifest.json is damaged: it has no 'row_dtype'; restore it"),
+        ({"dataset": {}}, r"manifest.json is damaged: it has no 'samples'; restore it"),
+        ({"dataset": 3}, r"manifest.json is damaged \("),
+        ({"dataset": {"samples": "many"}}, r"manifest.json is damaged \(.*'many'"),
+        ({"row_dtype": "float99"}, r"manifest.json is damaged \(.*float99"),
+        ({"graph": {**GRAPH.to_dict(), "colour": 3}}, r"manifest.json is damaged \(.*'colour'"),
+        ({"graph": {"n_layers": 1}}, r"manifest.json is damaged \(.*n_heads"),
+        ({"graph": {**GRAPH.to_dict(), "n_layers": 0}}, r"manifest.json is damaged \(.*at least one layer"),
+    ],
+    ids=str,
+)
+def test_a_damaged_manifest_is_named_by_readers_and_writers(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write_run(tmp_path / "run")
+    file = tmp_path / "run/manifest.json"
+    stored = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))
+    with pytest.raises(EaptkError, match=message):
+        Run.open(tmp_path / "run")
+    with pytest.raises(EaptkError, match=message), RunWriter(tmp_path / "run", manifest()):
+        pass
+
+
+def test_a_damaged_line_of_answers_is_named(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run", manifest()) as writer:
+        (tmp_path / "run/answers.jsonl").write_text("[0, [1]]\n[1, 2\n")
+        with pytest.raises(EaptkError, match=r"answers\.jsonl is damaged .* delete it"):
+            writer.answers()
+
+
 def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run", manifest()):
         assert "another process is writing run" in refused(tmp_path / "run")
