@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from eaptk.store import Run, RunWriter
 
 def in_namespace(script: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Run a shell script in which ``$1`` … are `arguments`, and mounts are nobody else's."""
+    assert shutil.which("unshare"), "these tests mount disks of their own: install unshare (util-linux)"
     return subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-euc", script, "sh", *map(str, arguments)],
         capture_output=True,
