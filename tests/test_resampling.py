@@ -130,6 +130,23 @@ def test_at_equal_loss_is_the_intercept_of_least_squares():
     )
 
 
+def test_at_equal_loss_groups_are_drawn_whole_too():
+    sides, _, _ = loss_driven(20, slope=2.0, gap=0.05)
+    copies = [side.keep(np.repeat(np.arange(20), 10)) for side in sides]
+    alone = differences_at_equal_loss("intensity", ("a", "b"), *sides, np.arange(20), QUICK)
+    copied = differences_at_equal_loss("intensity", ("a", "b"), *copies, np.repeat(np.arange(20), 10), QUICK)
+    assert (copied.n_pairs, copied.n_groups) == (200, 20)
+    for name in ("difference", "low", "high", "p"):
+        assert getattr(copied, name) == pytest.approx(getattr(alone, name), rel=1e-9)
+
+
+def test_numbers_do_not_depend_on_how_many_draws_are_worked_on_at_a_time(monkeypatch):
+    a, b = np.random.default_rng(0).normal(size=(2, 37))
+    whole = one_difference(a, b)
+    monkeypatch.setattr("eaptk.resampling._CHUNK_BYTES", 8 * 37 * 17)
+    assert one_difference(a, b) == whole
+
+
 def test_what_the_loss_explains_is_no_difference_at_equal_loss():
     n_wrong = {"plain": 0, "at equal loss": 0}
     for seed in range(200):
