@@ -15,9 +15,7 @@ from eaptk.errors import EaptkError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from eaptk.graph import Graph
     from eaptk.metrics import Metrics
-    from eaptk.store import Run
 
 app = typer.Typer(
     name="eaptk",
@@ -64,9 +62,15 @@ def score(
             help="On the given answers, the model's own greedy ones, answer against foil, or KL to clean."
         ),
     ] = "nll",
-    cut: Annotated[int | None, typer.Option(help="Score at most this many tokens of an answer.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer of the model's own (self-nll).")] = 256,
-    tokens_per_batch: Annotated[int, typer.Option(help="Tokens of a batch: memory against speed.")] = 2048,
+    cut: Annotated[
+        int | None, typer.Option(min=1, help="Score at most this many tokens of an answer.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer of the model's own (self-nll).")
+    ] = 256,
+    tokens_per_batch: Annotated[
+        int, typer.Option(min=1, help="Tokens of a batch: memory against speed.")
+    ] = 2048,
     row_dtype: Annotated[
         Literal["float32", "float16"], typer.Option(help="How scores are stored.")
     ] = "float32",
@@ -84,16 +88,17 @@ def score(
 ) -> None:
     """Score every edge for every sample. The same command again resumes a run that was stopped.
 
-    Records of the data have "prompt" and "answer" as text, or "prompt_ids" and "answer_ids" as tokens; optional
-    "id", "group", "corrupt" (patching) and "foil" (logit-diff). Other fields are carried along.
+    Records of the data have "prompt" and "answer" as text, or "prompt_ids"
+    and "answer_ids" as tokens; optional "id", "group", "corrupt" (patching)
+    and "foil" (logit-diff). Other fields are carried along.
 
     Examples:
 
-      eaptk score --model Qwen/Qwen2.5-0.5B --data questions.jsonl --out runs/base
+      eaptk score --model Qwen/Qwen2.5-0.5B --data q.jsonl --out runs/base
 
-      eaptk score --model checkpoints/rl --data questions.jsonl --out runs/rl --loss self-nll --cut 32
+      eaptk score --model ckpts/rl --data q.jsonl --out runs/rl --loss self-nll
 
-      eaptk score --model gpt2 --data pairs.jsonl --out runs/ioi --granularity head --ablation patching
+      eaptk score --model gpt2 --data ioi.jsonl --out ioi --ablation patching
     """
     started = time.monotonic()
     try:
@@ -138,6 +143,9 @@ def inspect(
 ) -> None:
     """Show what a run holds and its strongest edges, or a model's graph.
 
+    Of a run that is going on, the rows done by now; of a model, no weights
+    are read.
+
     Examples:
 
       eaptk inspect runs/rl --top 20
@@ -149,19 +157,21 @@ def inspect(
     console = Console()
     if (Path(target) / "manifest.json").exists():
         from eaptk.store import Run
+        from eaptk.tables import run_facts, strongest_edges
 
         run = Run.open(target)
-        console.print(_run_facts(run))
+        console.print(run_facts(run))
         if run.done.any():
-            console.print(_strongest(run, top))
+            console.print(strongest_edges(run, top))
     else:
         _quiet_transformers()
         from eaptk.graph import Graph
         from eaptk.loading import load_config
+        from eaptk.tables import graph_facts
 
         config = load_config(target)
         graphs = [Graph.from_config(config, granularity) for granularity in ("block", "head")]  # type: ignore[arg-type]
-        console.print(_graph_facts(target, config, graphs))
+        console.print(graph_facts(target, config, graphs))
 
 
 @app.command()
@@ -277,7 +287,9 @@ def compare(
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name on the hub.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint, or its name on the hub.", metavar="MODEL")
+    ],
     edges: Annotated[
         int, typer.Option(min=1, help="Edges a granularity to perturb directly: a pass over the model each.")
     ] = 12,
@@ -292,8 +304,9 @@ def check(
 ) -> None:
     """Check on a model of your own the identities that hold if its edges are attributed right.
 
-    Sources must rebuild the residual stream, heads add up to their blocks, and a score equal the change of the
-    loss when one source is scaled down where one destination reads it. Ends with exit code 1 if any fails.
+    Sources must rebuild the residual stream, heads add up to their blocks,
+    and a score equal the change of the loss when one source is scaled down
+    where one destination reads it. Ends with exit code 1 if any fails.
 
     Examples:
 
@@ -303,22 +316,13 @@ def check(
     """
     _quiet_transformers()
     from rich.console import Console
-    from rich.table import Table
 
     from eaptk.identities import check as check_identities
     from eaptk.loading import load_model
+    from eaptk.tables import identities
 
     checks = check_identities(load_model(model, dtype=dtype, device=device), n_edges=edges, seed=seed)
-    table = Table(title=f"{model}: identities", title_justify="left")
-    table.add_column("identity")
-    table.add_column("relative error", justify="right")
-    table.add_column("allowed", justify="right")
-    table.add_column("")
-    table.add_column("worst at")
-    for found in checks:
-        verdict = "[green]pass[/]" if found.passed else "[bold red]FAIL[/]"
-        table.add_row(found.name, f"{found.error:.1e}", f"{found.tolerance:.0e}", verdict, found.where)
-    Console().print(table)
+    Console().print(identities(model, checks))
     failed = [found.name for found in checks if not found.passed]
     if failed:
         raise EaptkError(
@@ -363,89 +367,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         raise EaptkError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _run_facts(run: Run) -> Table:
-    facts, method, done = run.manifest, run.manifest["provenance"], run.done
-    samples = run.samples
-    n_prompt, n_answer = (int(sum(samples[f"n_{part}_tokens"].to_pylist())) for part in ("prompt", "answer"))
-    n_done = int(done.sum())
-    table = _facts(str(run.path))
-    table.add_row("model", f"{facts['model']['id']} ({facts['model']['type']}, {facts['model']['dtype']})")
-    table.add_row("weights", facts["model"]["weights"])
-    table.add_row("data", method["data"])
-    table.add_row("graph", f"{facts['graph']['granularity']}, q/k/v {facts['graph']['qkv']}")
-    table.add_row(
-        "edges",
-        f"{run.graph.n_edges:,} ({run.graph.n_sources} sources, {run.graph.n_destinations} destinations)",
-    )
-    table.add_row(
-        "method",
-        f"{facts['ablation']} ablation, loss {facts['loss']}"
-        + (f", cut {facts['cut']}" if facts["cut"] else ""),
-    )
-    table.add_row("rows", f"{n_done:,} of {run.n_samples:,} done, {facts['row_dtype']}")
-    table.add_row("tokens", f"{n_prompt:,} of prompts, {n_answer:,} of answers")
-    if n_done:
-        table.add_row("mean loss", f"{run.loss[done == 1].mean():.6g}")
-    table.add_row("command", method["command"])
-    table.add_row("started", method["started"])
-    return table
-
-
-def _strongest(run: Run, top: int) -> Table:
-    """Edges by mean |W| over the rows that are done, some rows at a time."""
-    import numpy as np
-    from rich.table import Table
-
-    rows = np.flatnonzero(run.done)
-    strength, mean = np.zeros((2, run.graph.n_edges))
-    for part in np.array_split(rows, -(-len(rows) // 256)):
-        scores = np.asarray(run.scores[part], dtype=np.float64)
-        strength += np.abs(scores).sum(0)
-        mean += scores.sum(0)
-    table = Table(title="strongest edges", title_justify="left")
-    table.add_column("edge")
-    table.add_column("mean |W|", justify="right")
-    table.add_column("mean W", justify="right")
-    for column in np.argsort(-strength, kind="stable")[:top]:
-        table.add_row(
-            run.graph.edge_name(int(column)),
-            f"{strength[column] / len(rows):.4e}",
-            f"{mean[column] / len(rows):+.4e}",
-        )
-    return table
-
-
-def _graph_facts(name: str, config: Any, graphs: list[Graph]) -> Table:
-    from rich.table import Table
-
-    first = graphs[0]
-    kind = "parallel" if first.parallel else "serial"
-    table = Table(
-        title=f"{name}: {config.model_type}, {first.n_layers} {kind} layers, width {config.hidden_size}, "
-        f"{first.n_heads} query and {first.n_kv_heads} key/value heads",
-        title_justify="left",
-    )
-    for heading in ("granularity", "sources", "destinations", "edges", "bytes a row"):
-        table.add_column(heading, justify="left" if heading == "granularity" else "right")
-    for graph in graphs:
-        numbers = (graph.n_sources, graph.n_destinations, graph.n_edges, 4 * graph.n_edges)
-        table.add_row(graph.granularity, *(f"{number:,}" for number in numbers))
-    return table
-
-
-def _facts(title: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    return table
-
-
 def _quiet_transformers() -> None:
     """Standard error is for eaptk's own bar and its one line of error."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

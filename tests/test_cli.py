@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,26 @@ assert not loaded, loaded
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "Usage: eaptk" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["score", "inspect", "metrics", "compare", "check"])
+def test_help_fits_a_terminal_of_80_columns_with_its_examples_set_apart(command: str) -> None:
+    environment = {**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "eaptk", command, "--help"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    prose, _, examples = shown.partition("╭")[0].partition("Examples:")
+    lines = [line.rstrip() for line in examples.splitlines() if line.strip()]
+    assert len(lines) >= 2
+    assert all(line.startswith(f"   eaptk {command} ") for line in lines), lines
+    # A paragraph wrapped twice, in the source and by the terminal, has short lines in its middle.
+    for paragraph in prose.split("\n" + " " * 80 + "\n")[1:]:
+        *full, _ = [line.strip() for line in paragraph.strip().splitlines()] or [""]
+        assert all(len(line) > 55 for line in full), paragraph
 
 
 def test_help_answers_in_under_half_a_second() -> None:
@@ -276,7 +297,12 @@ def test_debugging_lets_the_error_out(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["score"], ["scroe"], ["score", "--loss", "mse", "--model", "m", "--data", "d", "--out", "o"]],
+    [
+        ["score"],
+        ["scroe"],
+        ["score", "--loss", "mse", "--model", "m", "--data", "d", "--out", "o"],
+        ["score", "--cut", "-3", "--model", "m", "--data", "d", "--out", "o"],
+    ],
     ids=str,
 )
 def test_wrong_usage_ends_with_code_two_and_no_traceback(
@@ -312,6 +338,68 @@ def test_inspect_shows_the_graph_of_a_model_without_its_weights(
     assert "2 serial layers" in shown
     for number in ("23", "92", "82", "328"):
         assert number in shown
+
+
+@pytest.mark.parametrize("name", ["[red]run", "run[/]", "a:smile:b"])
+def test_names_are_shown_to_the_letter(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    shutil.copytree(model, tmp_path / "models" / name)
+    checkpoint = tmp_path / "models" / name
+    run("score", "--model", checkpoint, "--data", data, "--out", tmp_path / name)
+    capfd.readouterr()
+    assert run("inspect", tmp_path / name) == 0
+    facts = unwrapped(capfd)
+    assert facts.startswith(str(tmp_path / name))
+    assert f"model{checkpoint}(qwen2," in facts
+    assert run("inspect", checkpoint) == 0
+    assert f"{checkpoint}:qwen2," in unwrapped(capfd)
+    assert run("check", checkpoint, "--edges", 1) == 0
+    assert f"{checkpoint}:identities" in unwrapped(capfd)
+
+
+def unwrapped(capfd: pytest.CaptureFixture[str]) -> str:
+    """What was printed, without the white space and lines of tables."""
+    return "".join(capfd.readouterr().out.replace("│", "").split())
+
+
+def test_a_manifest_that_lacks_what_inspect_shows_is_named(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run("score", "--model", model, "--data", data, "--out", tmp_path / "run")
+    file = tmp_path / "run/manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["provenance"]["data"]
+    file.write_text(json.dumps(manifest))
+    capfd.readouterr()
+    assert f"{file} is damaged: it has no 'provenance.data'" in error_of(capfd, "inspect", tmp_path / "run")
+
+
+def test_a_path_with_a_typing_error_is_not_looked_up_on_the_hub(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "checkpoints/nope is no model: no such folder" in error_of(capfd, "inspect", "checkpoints/nope")
+
+
+def test_a_name_that_is_no_folder_and_that_the_hub_does_not_answer_for_ends_in_one_line() -> None:
+    program = """
+import time
+time.sleep = lambda seconds: None  # the hub's library waits before it tries again
+from eaptk.cli import main
+main(["inspect", "nope"])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("eaptk: error: there is no folder nope here, and no model of that name")
+    assert result.stderr.count("\n") == 1, result.stderr
 
 
 def test_inspect_names_what_is_neither(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

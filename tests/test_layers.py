@@ -27,9 +27,11 @@ FLOORS = [
     {"run"},
     {"sweep"},
     {"metrics"},
+    {"pairing"},
     {"resampling"},
     {"comparison"},
     {"figures"},
+    {"tables"},
     {"cli"},
     {"__main__"},
 ]
