@@ -140,7 +140,7 @@ EAPTK_TARGET BlockSums avx512_block(const float* x, int n, double shift, Tally* 
     const __m512 magic = _mm512_set1_ps(0x1p23f);
     const __m512i magic_bits = _mm512_castps_si512(magic);
     __m512 scale_low{}, scale_high{}, limit{};
-    __m512i slots{}, low_words{}, lanes0{}, lanes1{};
+    __m512i slots{}, lanes0{}, lanes1{};
     if constexpr (counting) {
         const Binning& binning = *tally->binning;
         scale_low = _mm512_set1_ps(binning.scale_low);
@@ -148,9 +148,6 @@ EAPTK_TARGET BlockSums avx512_block(const float* x, int n, double shift, Tally* 
         limit = _mm512_set1_ps(binning.limit);
         slots = _mm512_set1_epi32(0x10000 | binning.slots());
         const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        // Word 2j from word 2j of the first operand, word 2j + 1 from word 2j of the second (bit 5 set).
-        const __m512i even = _mm512_slli_epi32(iota, 1);
-        low_words = _mm512_or_si512(even, _mm512_slli_epi32(_mm512_or_si512(even, _mm512_set1_epi32(32)), 16));
         lanes0 = _mm512_add_epi32(iota, _mm512_set1_epi32(tally->lanes));
         lanes1 = _mm512_add_epi32(lanes0, _mm512_set1_epi32(16));
     }
@@ -191,7 +188,8 @@ EAPTK_TARGET BlockSums avx512_block(const float* x, int n, double shift, Tally* 
                 exact_indices(p, *tally->binning, paired, indices);
             } else if (paired) {
                 // u · slots + v · 1 in one multiply-add of 16-bit words.
-                const __m512i pair = _mm512_madd_epi16(_mm512_permutex2var_epi16(ui, low_words, vi), slots);
+                const __m512i words = _mm512_mask_blend_epi16(0xaaaaaaaau, ui, _mm512_slli_epi32(vi, 16));
+                const __m512i pair = _mm512_madd_epi16(words, slots);
                 const __mmask16 both_first = _mm512_testn_epi32_mask(pair, pair);
                 _mm512_storeu_si512(indices, _mm512_mask_mov_epi32(pair, both_first, lanes0));
             } else {
@@ -207,7 +205,8 @@ EAPTK_TARGET BlockSums avx512_block(const float* x, int n, double shift, Tally* 
             const __m512d d = _mm512_sub_pd(w, centre), q = _mm512_mul_pd(d, d);
             a[k % 2] = _mm512_add_pd(a[k % 2], _mm512_abs_pd(w));
             s1[k % 2] = _mm512_add_pd(s1[k % 2], d);
-            s2[k % 2] = _mm512_add_pd(s2[k % 2], q);
+            // Not + q: the units that only add are busier than those that also multiply.
+            s2[k % 2] = _mm512_fmadd_pd(d, d, s2[k % 2]);
             s3[k % 2] = _mm512_fmadd_pd(q, d, s3[k % 2]);
             s4[k % 2] = _mm512_fmadd_pd(q, q, s4[k % 2]);
         }
