@@ -20,7 +20,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     rules = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     rules.pre_tokenizer = pre_tokenizers.Whitespace()
     rules.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rules, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def make_model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
