@@ -101,9 +101,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(job: Job, tmp_p
     while kills < KILLS or stage(out) != "complete":
         process = job.start(out)
         if kills < KILLS:
-            if (
-                kills == 1
-            ):  # the first kill comes at once and this one among rows, however busy the machine is
+            # The first kill comes at once and the second among rows, however busy the machine is.
+            if kills == 1:
                 wait_until(process, out, "scoring", "finalising", "complete")
             elif kills > 1:
                 # From the first moment until some twelfth of the rows later: many kills share one run.
