@@ -124,7 +124,7 @@ BlockSums portable_plain(const float* x, int n, double shift, Tally*) { return p
 
 // Bound by the number of vector operations, about two a cycle: hence the tricks below to save some. Two
 // accumulators a quantity hide the latency of an addition.
-template <bool counting, bool paired>
+template <bool counting, bool paired, bool shifted>
 EAPTK_TARGET BlockSums avx512_block(const float* x, int n, double shift, Tally* tally) {
     const __m512d centre = _mm512_set1_pd(shift);
     __m512 low0 = _mm512_loadu_ps(x), low1 = low0, high0 = low0, high1 = low0;
@@ -202,7 +202,7 @@ EAPTK_TARGET BlockSums avx512_block(const float* x, int n, double shift, Tally* 
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
             const __m512d w = _mm512_cvtps_pd(_mm256_loadu_ps(p + 8 * k));
-            const __m512d d = _mm512_sub_pd(w, centre), q = _mm512_mul_pd(d, d);
+            const __m512d d = shifted ? _mm512_sub_pd(w, centre) : w, q = _mm512_mul_pd(d, d);
             a[k % 2] = _mm512_add_pd(a[k % 2], _mm512_abs_pd(w));
             s1[k % 2] = _mm512_add_pd(s1[k % 2], d);
             // Not + q: the units that only add are busier than those that also multiply.
@@ -236,15 +236,25 @@ bool has_avx512() {
 #endif
 }
 
-Kernel choose_kernel(bool counting, bool paired, bool portable) {
+#if EAPTK_AVX512
+namespace {
+template <bool shifted>
+Kernel choose_avx512(bool counting, bool paired) {
+    if (!counting) return avx512_block<false, false, shifted>;
+    return paired ? avx512_block<true, true, shifted> : avx512_block<true, false, shifted>;
+}
+}  // namespace
+#endif
+
+Kernel choose_kernel(bool counting, bool paired, bool shifted, bool portable) {
 #if EAPTK_AVX512
     if (!portable && has_avx512()) {
-        if (!counting) return avx512_block<false, false>;
-        return paired ? avx512_block<true, true> : avx512_block<true, false>;
+        return shifted ? choose_avx512<true>(counting, paired) : choose_avx512<false>(counting, paired);
     }
 #else
-    (void)portable;
+    (void)paired, (void)portable;
 #endif
+    (void)shifted;
     return counting ? portable_counting : portable_plain;
 }
 

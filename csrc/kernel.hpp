@@ -24,6 +24,9 @@ constexpr int kLanes = 32;    // counters of bin 0 apart, one a lane: with heavy
 struct BlockSums {
     double n, shift, sum_abs, s1, s2, s3, s4;
     float min, max;
+
+    double mean() const { return shift + s1 / n; }
+    double variance() const { return s2 / n - (s1 / n) * (s1 / n); }
 };
 
 // Where |w| is counted: slot b is bin b, slot n what lies above the last edge. A float32 product decides wherever
@@ -57,8 +60,8 @@ struct Tally {
 // Sums of n elements about `shift`; counts them too where `tally` is not null.
 using Kernel = BlockSums (*)(const float* x, int n, double shift, Tally* tally);
 
-// The kernel for this processor. `tally` is null exactly for `counting == false`.
-Kernel choose_kernel(bool counting, bool paired, bool portable);
+// The kernel for this processor. `tally` is null exactly for `counting == false`; `shift` is 0 for `shifted == false`.
+Kernel choose_kernel(bool counting, bool paired, bool shifted, bool portable);
 
 // Count indices[0, n).
 void count(Tally& tally, const std::int32_t* indices, int n);

@@ -100,8 +100,8 @@ double mean_of(const float* x, int n) {
 
 // Whether the shift misses the block's mean by more than two standard deviations (or is no number).
 bool too_far(const BlockSums& b) {
-    const double delta = b.s1 / b.n;
-    return !(delta * delta <= 4 * (b.s2 / b.n - delta * delta));
+    const double delta = b.mean() - b.shift;
+    return !(delta * delta <= 4 * b.variance());
 }
 
 // The last few elements of a row, fewer than a kernel's step.
@@ -212,7 +212,7 @@ private:
 
 struct SweepWorker {
     const Rows& rows;
-    Kernel kernel, plain;  // plain: the same without counting
+    Kernel about_zero, kernel, plain;  // plain: without counting
     std::vector<Histogram> histogram;  // one or none
     Moments* moments;
     std::int64_t *counts, *above, n_bins;
@@ -220,17 +220,18 @@ struct SweepWorker {
 
     void operator()(std::int64_t i) {
         Accumulator accumulator;
-        // Powers are taken about the previous block's mean, which saves a pass over the block; where that turns
-        // out to be far off, again about its own.
+        // Powers are taken about 0 where the mean is small, which saves a subtraction, else about the previous
+        // block's mean, which saves a pass over the block; where that turns out far off, again about its own.
         double shift = 0;
         for (std::int64_t begin = 0; begin < rows.n_selected; begin += kBlock) {
             const int n = int(std::min<std::int64_t>(kBlock, rows.n_selected - begin)), whole = n - n % kStep;
             const float* x = load(rows, i, begin, n, buffer.data());
             if (whole) {
-                if (begin == 0) shift = mean_of(x, std::min(whole, 4 * kStep));
-                BlockSums sums = kernel(x, whole, shift, histogram.empty() ? nullptr : histogram[0].tally_of(whole));
-                shift += sums.s1 / whole;
-                if (too_far(sums)) sums = plain(x, whole, shift, nullptr);
+                Tally* tally = histogram.empty() ? nullptr : histogram[0].tally_of(whole);
+                BlockSums sums = (shift == 0 ? about_zero : kernel)(x, whole, shift, tally);
+                const double mean = sums.mean();
+                if (too_far(sums)) sums = plain(x, whole, mean, nullptr);
+                shift = mean * mean <= sums.variance() ? 0 : mean;
                 accumulator.merge(sums);
             }
             if (whole < n) {
@@ -336,9 +337,11 @@ void sweep(const Rows& rows, const Bins* bins, int threads, bool portable, Momen
     for (int t = 0; t < threads; ++t) {
         std::vector<Histogram> histogram;
         if (bins) histogram.emplace_back(binning, rows.n_selected);
-        const Kernel kernel = choose_kernel(bins != nullptr, bins && histogram[0].paired(), portable);
-        const Kernel plain = choose_kernel(false, false, portable);
-        workers.push_back({rows, kernel, plain, std::move(histogram), moments, counts, above, bins ? bins->n : 0});
+        const bool counting = bins != nullptr, paired = counting && histogram[0].paired();
+        workers.push_back({rows, choose_kernel(counting, paired, false, portable),
+                           choose_kernel(counting, paired, true, portable),
+                           choose_kernel(false, false, true, portable), std::move(histogram), moments, counts, above,
+                           bins ? bins->n : 0});
     }
     parallel(workers, rows.n_rows);
 }
