@@ -56,7 +56,7 @@ def contract(
     Raises:
         ValueError: shapes, devices or reaches do not fit together; the message names the operand.
     """
-    _check(sources, destinations, lengths)
+    check(sources, destinations, lengths)
     operands = [*(s.value for s in sources), *(d.gradient for d in destinations)]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
     device, width = operands[0].device, _width(sources[0])
@@ -208,7 +208,7 @@ def _product(gradients: Tensor, expanded: Tensor) -> Tensor:
     return torch.bmm(left, right).sum(0, dtype=torch.float64)
 
 
-def _check(sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]) -> None:
+def check(sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]) -> None:
     if not sources or not destinations:
         raise ValueError("a contraction needs at least one source and one destination")
     batch, time = sources[0].value.shape[:2]

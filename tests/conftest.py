@@ -1,11 +1,15 @@
 """Settings every test shares."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Kernels run on the CPU, in Triton's interpreter; it is chosen when triton is imported.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples in every run: a failure here is a failure everywhere.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=20)

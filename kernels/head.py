@@ -1,0 +1,198 @@
+"""Head-level contraction on the GPU: expand a chunk of every row into bounded scratch, contract it, go on.
+
+A chunk is up to 128 tokens × as many columns of D as the scratch takes (`SCRATCH`, about an L2). Per chunk, every
+source and destination row is expanded once on tensor cores (`expand`), then each tile of S that holds an edge
+adds its product over the chunk to its own float32 partial sums: K = tokens·columns of the chunk, split among
+programs when tiles are few. At the end partials are summed in order (`reduction`). One stream and no atomics:
+the same bits each time. A sample's chunks depend on its own length alone, so a row does not depend on the batch.
+
+FLOPs a token (n_s, n_d rows, H rows that come as heads, E edges):
+    expansion 2·D·head_dim·H, statistics 2·D·head_dim·(destination H), contraction 2·D·(area of the tiles ≥ E).
+Bytes: z, g and streams are read D/columns times, weights T/tokens times; scratch is written once and read by
+every tile that needs it, from the L2 while it lasts; partial sums are read and written once a chunk.
+At the 7B shape of Qwen2.5 in bfloat16 a chunk is 128 × 128: weights 4 × 1.6 GB, z and g 28 × 0.24 GB for 512
+tokens, 13 GB, with 13 MB of scratch a token passing through the L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .expand import Chunk, Side, chunks, expand, groups
+from .norm import norm_statistics
+from .operands import Destination, Source
+from .products import dot
+from .reduction import reduce
+from .tables import destination_table, n_edges, operand_dtype, row_reach, source_table
+from .target import Target, current
+from .tiles import cdiv, even, tiles
+
+#: Bytes of scratch that one chunk's expanded rows fill, unless a single 128 × 32 chunk takes more.
+SCRATCH = 64 * 2**20
+CHUNK_TOKENS = 128
+COLUMN_MULTIPLE = 32
+#: Programs a chunk's contraction is split into at least, tiles × splits: two for each of a large card's processors.
+PROGRAMS = 256
+
+
+@triton.jit
+def _head_kernel(
+    gradients,  # [n_destinations, row_size]
+    written,  # [n_sources, row_size]
+    tiles,  # [n_tiles, 2] int32: first destination row (may be negative), first source row
+    partials,  # [n_splits, n_tiles, BLOCK_D, BLOCK_S] float32
+    n_destinations,
+    n_sources,
+    row_size,
+    inner,  # leading elements of a row that count
+    part,  # of them, how many one split sums
+    FIRST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    d = tl.load(tiles + tile * 2) + tl.arange(0, BLOCK_D)
+    s = tl.load(tiles + tile * 2 + 1) + tl.arange(0, BLOCK_S)
+    d_mask = ((d >= 0) & (d < n_destinations))[:, None]
+    s_mask = (s < n_sources)[:, None]
+    g_base = gradients + d.to(tl.int64)[:, None] * row_size
+    o_base = written + s.to(tl.int64)[:, None] * row_size
+    start = split * part
+    acc = tl.zeros((BLOCK_D, BLOCK_S), tl.float32)
+    for first in tl.range(start, tl.minimum(start + part, inner), BLOCK_K, num_stages=STAGES):
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        g = tl.load(g_base + k, mask=d_mask & (k < inner), other=0.0)
+        o = tl.load(o_base + k, mask=s_mask & (k < inner), other=0.0)
+        acc = dot(g, tl.trans(o), acc)
+    inside = tl.arange(0, BLOCK_D)[:, None] * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+    here = partials + (split.to(tl.int64) * tl.num_programs(0) + tile) * (BLOCK_D * BLOCK_S) + inside
+    if not FIRST:
+        acc += tl.load(here)
+    tl.store(here, acc)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Tile sizes, widest first, and how they are run."""
+
+    block_d: int
+    widths: tuple[int, ...]
+    block_k: int
+    stages: int
+    warps: int
+
+
+def head_config(dtype: torch.dtype, target: Target) -> HeadConfig:
+    """One good default; float32 has no tensor cores to feed and takes narrower tiles."""
+    if dtype == torch.float32:
+        return HeadConfig(64, (64,), 16, stages=2, warps=4)
+    return HeadConfig(128, (128, 64), 64, stages=2 if target.backend == "hip" else 3, warps=8)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How a sample is cut: `tokens` × `columns` a chunk, `part` elements of a full chunk a split."""
+
+    tokens: int
+    columns: int
+    part: int
+    splits: int
+
+
+def head_plan(n_rows: int, n_tiles: int, length: int, width: int, itemsize: int, block_k: int) -> HeadPlan:
+    """From shapes alone; `n_rows` counts sources and destinations."""
+    tokens = even(length, CHUNK_TOKENS, 16)
+    room = SCRATCH // (n_rows * tokens * itemsize)
+    columns = even(width, max(COLUMN_MULTIPLE, room // COLUMN_MULTIPLE * COLUMN_MULTIPLE), COLUMN_MULTIPLE)
+    inner = tokens * columns
+    part = cdiv(cdiv(inner, cdiv(PROGRAMS, n_tiles)), block_k) * block_k
+    return HeadPlan(tokens, columns, part, cdiv(inner, part))
+
+
+def contract_head(
+    sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]
+) -> Tensor:
+    """Scores [B, n_edges] float32 of operands with and without weights; arguments as `reference.contract`."""
+    dtype = operand_dtype(sources, destinations)
+    config, device = head_config(dtype, current()), sources[0].value.device
+    lead = (sources[0].value.shape[0], sources[0].value.shape[1])
+    width = (sources[0].value if sources[0].weight is None else sources[0].weight).shape[-1]
+    left, right = destination_table(destinations, dtype), source_table(sources, dtype)
+    left_rows = left.tensor(device)
+    statistics = norm_statistics(destinations, left, left_rows, lengths)
+    patched = sources[0].replacement is not None
+    gradient_side = Side(left, left_rows, groups(destinations, device), False, statistics)
+    source_side = Side(right, right.tensor(device), groups(sources, device), patched, None)
+    tile_lists = tiles(row_reach(destinations), config.block_d, config.widths)
+    n_tiles = sum(map(len, tile_lists.values()))
+    n_left, n_right = len(left.rows), len(right.rows)
+    scores = torch.empty(lead[0], n_edges(destinations), dtype=torch.float32, device=device)
+    for sample, length in enumerate(lengths):
+        plan = head_plan(n_left + n_right, n_tiles, length, width, dtype.itemsize, config.block_k)
+        row_size = plan.tokens * plan.columns
+        gradients = torch.empty(n_left, row_size, dtype=dtype, device=device)
+        written = torch.empty(n_right, row_size, dtype=dtype, device=device)
+        sums = {
+            block_s: _Sums.of(members, plan.splits, config.block_d, block_s, device)
+            for block_s, members in tile_lists.items()
+        }
+        for chunk in chunks(sample, length, plan.tokens, width, plan.columns):
+            expand(source_side, chunk, written, lead, width)
+            expand(gradient_side, chunk, gradients, lead, width)
+            for each in sums.values():
+                _contract_chunk(gradients, written, each, chunk, plan, config)
+        for each in sums.values():
+            row = scores[sample : sample + 1]
+            reduce(each.partials, each.first_piece, each.tiles, left_rows, row, negated=not patched)
+    return scores
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Tiles of one width and their partial sums [n_splits, n_tiles, block_d, block_s]."""
+
+    tiles: Tensor
+    first_piece: Tensor
+    partials: Tensor
+
+    @staticmethod
+    def of(
+        members: Sequence[tuple[int, int]], splits: int, block_d: int, block_s: int, device: torch.device
+    ) -> _Sums:
+        tile_rows = torch.tensor(members, dtype=torch.int32).to(device, non_blocking=True)
+        first_piece = torch.tensor([0, splits], dtype=torch.int32).to(device, non_blocking=True)
+        partials = torch.empty(splits, len(members), block_d, block_s, dtype=torch.float32, device=device)
+        return _Sums(tile_rows, first_piece, partials)
+
+
+def _contract_chunk(
+    gradients: Tensor, written: Tensor, sums: _Sums, chunk: Chunk, plan: HeadPlan, config: HeadConfig
+) -> None:
+    splits, n_tiles, block_d, block_s = sums.partials.shape
+    _head_kernel[n_tiles, splits](
+        gradients,
+        written,
+        sums.tiles,
+        sums.partials,
+        len(gradients),
+        len(written),
+        gradients.shape[1],
+        chunk.tokens * chunk.columns,
+        plan.part,
+        FIRST=chunk.start == 0 and chunk.first_column == 0,
+        BLOCK_D=block_d,
+        BLOCK_S=block_s,
+        BLOCK_K=config.block_k,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        enable_fp_fusion=True,
+    )

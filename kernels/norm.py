@@ -1,0 +1,232 @@
+"""What the norm's vector-Jacobian product needs of each token: three numbers, so G is formed where it is used.
+
+With v = ρ γ⊙u, u the gradient at the norm's output, and x the stream it read,
+
+    G = ρ γ⊙u − c x + e        c = ρ³ A/D,  e = c μ − ρ M/D,  A = ⟨γ⊙u, x − μ⟩,  M = Σ γ⊙u
+
+and μ = M = e = 0 for RMSNorm. G itself is never written: at block level that would read u and x, write G and
+read it again; this reads u and x once more (both streams of a layer's q, k and v lie in the L2) and writes 12
+bytes a token. Traffic for L layers with split q, k, v, in units of T·D elements: 4 L here (u of q, k and v, and
+x), beside the 7 L of the contraction; writing G out costs 7 L, beside 6 L.
+
+Where the destination comes as heads, u = g·W is not at hand, but A = g·(W(γ⊙(x−μ))) needs no more of it than
+what the projection itself made of the stream: 2·D·head_dim FLOPs a row and token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .operands import Destination
+from .products import dot, narrow
+from .tables import COLUMNS, TRITON_DTYPES, Table
+
+_COLUMNS = tl.constexpr(COLUMNS)
+#: Numbers a row and token: ρ, c, e.
+STATISTICS = 3
+ROW_BLOCK = 1024
+TOKEN_BLOCK = 64
+INNER_BLOCK = 64
+
+
+@triton.jit
+def _norm_kernel(
+    table,  # [n_rows, COLUMNS] int64
+    indices,  # [n_normed] int32, which rows to do
+    lengths,  # [B] int32
+    out,  # [n_rows, 3, B, T] float32
+    n_tokens,
+    width,
+    eps,  # [n_rows] float32
+    DTYPE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # The rows of one norm are neighbours in the launch: its stream comes from the L2 after the first.
+    row = tl.load(indices + tl.program_id(0)).to(tl.int64)
+    token = (tl.program_id(1) % n_tokens).to(tl.int64)
+    sample = (tl.program_id(1) // n_tokens).to(tl.int64)
+    if token >= tl.load(lengths + sample):
+        return
+    entry = table + row * _COLUMNS
+    pointer = tl.pointer_type(DTYPE)
+    gradient = tl.load(entry).to(pointer) + sample * tl.load(entry + 1) + token * tl.load(entry + 2)
+    stream = tl.load(entry + 3).to(pointer) + sample * tl.load(entry + 4) + token * tl.load(entry + 5)
+    gain = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
+    lane = tl.arange(0, BLOCK)
+
+    mean = 0.0
+    if CENTRED:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, width, BLOCK):
+            k = start + lane
+            total += tl.load(stream + k, mask=k < width, other=0.0).to(tl.float32)
+        mean = tl.sum(total, 0) / width
+    squares = tl.zeros((BLOCK,), tl.float32)
+    along = tl.zeros((BLOCK,), tl.float32)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        k = start + lane
+        mask = k < width
+        x = tl.load(stream + k, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - mean, 0.0)
+        u = tl.load(gradient + k, mask=mask, other=0.0).to(tl.float32)
+        u *= tl.load(gain + k, mask=mask, other=0.0)
+        squares += x * x
+        along += u * x
+        summed += u
+    rho = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / width + tl.load(eps + row))
+    c = rho * rho * rho * tl.sum(along, 0) / width
+    e = c * mean
+    if CENTRED:
+        e -= rho * tl.sum(summed, 0) / width
+    size = tl.num_programs(1).to(tl.int64)
+    here = out + row * 3 * size + tl.program_id(1)
+    tl.store(here, rho)
+    tl.store(here + size, c)
+    tl.store(here + 2 * size, e)
+
+
+@triton.jit
+def _head_norm_kernel(
+    table,  # [n_rows, COLUMNS] int64
+    indices,  # [n_normed] int32, which rows to do
+    lengths,  # [B] int32
+    out,  # [n_rows, 3, B, T] float32
+    n_tokens,
+    width,
+    head_dim,
+    weight_stride_h,
+    weight_stride_d,
+    eps,  # [n_rows] float32
+    DTYPE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # all of head_dim
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.load(indices + tl.program_id(0)).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    real = token < tl.load(lengths + sample)
+    entry = table + row * _COLUMNS
+    pointer = tl.pointer_type(DTYPE)
+    at = token.to(tl.int64)[:, None]
+    gradient = tl.load(entry).to(pointer) + sample * tl.load(entry + 1) + at * tl.load(entry + 2)
+    stream = tl.load(entry + 3).to(pointer) + sample * tl.load(entry + 4) + at * tl.load(entry + 5)
+    gain = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
+    weight = tl.load(entry + 7).to(pointer)
+    lane = tl.arange(0, BLOCK_K)
+    h = tl.arange(0, BLOCK_H)
+
+    mean = tl.zeros((BLOCK_T,), tl.float32)
+    if CENTRED:
+        for start in range(0, width, BLOCK_K):
+            k = start + lane
+            x = tl.load(stream + k[None, :], mask=real[:, None] & (k < width)[None, :], other=0.0)
+            mean += tl.sum(x.to(tl.float32), 1)
+        mean = mean / width
+    squares = tl.zeros((BLOCK_T,), tl.float32)
+    weight_sum = tl.zeros((BLOCK_H,), tl.float32)
+    projected = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        k = start + lane
+        mask = real[:, None] & (k < width)[None, :]
+        x = tl.load(stream + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - mean[:, None], 0.0)
+        squares += tl.sum(x * x, 1)
+        gamma = tl.load(gain + k, mask=k < width, other=0.0)
+        w = tl.load(
+            weight + h.to(tl.int64)[None, :] * weight_stride_h + k.to(tl.int64)[:, None] * weight_stride_d,
+            mask=(h < head_dim)[None, :] & (k < width)[:, None],
+            other=0.0,
+        )
+        projected = dot(narrow(x * gamma[None, :], DTYPE), w, projected)
+        if CENTRED:
+            weight_sum += tl.sum(w.to(tl.float32) * gamma[:, None], 0)
+    g = tl.load(gradient + h[None, :], mask=real[:, None] & (h < head_dim)[None, :], other=0.0)
+    g = g.to(tl.float32)
+    rho = 1.0 / tl.sqrt_rn(squares / width + tl.load(eps + row))
+    c = rho * rho * rho * tl.sum(projected * g, 1) / width
+    e = c * mean
+    if CENTRED:
+        e -= rho * tl.sum(g * weight_sum[None, :], 1) / width
+    size = tl.num_programs(2).to(tl.int64) * n_tokens
+    here = out + row * 3 * size + sample * n_tokens + token
+    tl.store(here, rho, mask=real)
+    tl.store(here + size, c, mask=real)
+    tl.store(here + 2 * size, e, mask=real)
+
+
+def norm_statistics(
+    destinations: Sequence[Destination], table: Table, rows: Tensor, lengths: Sequence[int]
+) -> Tensor | None:
+    """[n_rows, 3, B, T] float32: ρ, c and e of every real token of every row behind a norm; None if there is none.
+
+    Rows without a norm, and padding, are left unwritten.
+
+    Args:
+        table: of `destinations`, and `rows` the same on the device.
+    """
+    groups: dict[tuple[bool, tuple[int, int, int] | None], list[int]] = {}
+    eps: list[float] = []
+    for destination in destinations:
+        norm, weight = destination.norm, destination.weight
+        if norm is not None:
+            layout = None if weight is None else (weight.shape[1], weight.stride(1), weight.stride(2))
+            members = groups.setdefault((norm.centred, layout), [])
+            members += range(len(eps), len(eps) + destination.rows)
+        eps += [0.0 if norm is None else norm.eps] * destination.rows
+    if not groups:
+        return None
+    device = rows.device
+    n_samples, n_tokens = destinations[0].gradient.shape[:2]
+    width = next(d.norm.stream.shape[-1] for d in destinations if d.norm is not None)
+    out = torch.empty(len(eps), STATISTICS, n_samples, n_tokens, dtype=torch.float32, device=device)
+    length_row = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+    eps_row = torch.tensor(eps, dtype=torch.float32).to(device, non_blocking=True)
+    dtype = TRITON_DTYPES[table.dtype]
+    for (centred, layout), members in groups.items():
+        indices = torch.tensor(members, dtype=torch.int32).to(device, non_blocking=True)
+        if layout is None:
+            _norm_kernel[len(members), n_samples * n_tokens](
+                rows,
+                indices,
+                length_row,
+                out,
+                n_tokens,
+                width,
+                eps_row,
+                dtype,
+                centred,
+                ROW_BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+            continue
+        head_dim, stride_h, stride_d = layout
+        _head_norm_kernel[len(members), triton.cdiv(max(lengths), TOKEN_BLOCK), n_samples](
+            rows,
+            indices,
+            length_row,
+            out,
+            n_tokens,
+            width,
+            head_dim,
+            stride_h,
+            stride_d,
+            eps_row,
+            dtype,
+            centred,
+            TOKEN_BLOCK,
+            max(16, triton.next_power_of_2(head_dim)),
+            INNER_BLOCK,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+    return out

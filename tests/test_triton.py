@@ -1,0 +1,339 @@
+"""The Triton kernels under Triton's interpreter, against the contraction's definition in float64.
+
+The rule: a kernel's error may not exceed that of plain PyTorch in the same dtype plus a small allowance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from test_kernels import by_definition, relative_error
+from torch import Tensor
+
+from eaptk.kernels import Destination, Norm, Source, contract
+from eaptk.kernels.block import BlockConfig
+from eaptk.kernels.expand import ExpandConfig
+from eaptk.kernels.head import HeadConfig
+
+#: What reordering a float32 sum may cost, and carrying a float32 value as two bfloat16 (16 bits).
+ALLOWANCE = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}
+#: Expanded rows are rounded to the dtype, by plain PyTorch as well: of the two draws the kernel's may be the unlucky
+#: one, by an eighth of the dtype's spacing.
+EXPANDED_ALLOWANCE = {dtype: max(bound, torch.finfo(dtype).eps / 8) for dtype, bound in ALLOWANCE.items()}
+DTYPES = pytest.mark.parametrize("dtype", ALLOWANCE, ids=["float32", "bfloat16", "float16"])
+NAN = float("nan")
+
+
+@dataclass
+class Maker:
+    """Random operands for samples of `lengths` tokens, padded with NaN; every lead stride is its own."""
+
+    lengths: list[int]
+    width: int
+    dtype: torch.dtype
+    centred: bool = False
+    patched: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def lead(self, *tail: int) -> Tensor:
+        gap = int(torch.randint(0, 3, (), generator=self.generator))
+        batch, time = len(self.lengths), max(self.lengths)
+        tensor = self.random(batch + 1, time + gap, tail[0] + 8 * gap, *tail[1:])[:batch, :time, : tail[0]]
+        for row, length in zip(tensor, self.lengths, strict=True):
+            row[length:] = NAN
+        return tensor
+
+    def source(self, heads: int = 0, head_dim: int = 0, gain: bool = False) -> Source:
+        tail = (heads, head_dim) if heads else (self.width,)
+        # As an output projection hands it over: the head's dimension is the contiguous one.
+        weight = (
+            self.random(self.width, heads * head_dim).T.unflatten(0, (heads, head_dim)) if heads else None
+        )
+        value, other = self.lead(*tail), self.lead(*tail) if self.patched else None
+        return Source(value, weight, self.random(self.width) if gain else None, other)
+
+    def norm(self) -> Norm:
+        return Norm(self.lead(self.width) + 2, self.random(self.width), 1e-5, self.centred)
+
+    def destination(self, reach: int, norm: Norm | None, heads: int = 0, head_dim: int = 0) -> Destination:
+        tail = (heads, head_dim) if heads else (self.width,)
+        return Destination(
+            self.lead(*tail), reach, self.random(heads, head_dim, self.width) if heads else None, norm
+        )
+
+
+def block_operands(make: Maker, n_sources: int, normed: bool) -> tuple[list[Source], list[Destination]]:
+    """Sources one by one, read as layers read them: three destinations behind one norm, then one without."""
+    destinations = []
+    for reach in range(1, n_sources + 1, 2):
+        norm = make.norm() if normed else None
+        destinations += [make.destination(reach, norm) for _ in range(3)]
+        destinations.append(make.destination(min(reach + 1, n_sources), None))
+    destinations.append(make.destination(n_sources, None))
+    return [make.source() for _ in range(n_sources)], destinations
+
+
+def head_operands(
+    make: Maker, heads: int, kv_heads: int, head_dim: int, layers: int = 2
+) -> tuple[list[Source], list[Destination]]:
+    """Layers of query, key and value heads that share a norm, and their output heads."""
+    sources, destinations, reach = [make.source()], [], 1
+    for layer in range(layers):
+        norm = make.norm()
+        destinations += [make.destination(reach, norm, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+        sources += [make.source(heads, head_dim, gain=layer == 1), make.source()]
+        destinations.append(make.destination(reach + heads, norm if layer == 1 else None))
+        reach += heads + 1
+    return sources, [*destinations, make.destination(reach, None)]
+
+
+def plain(sources: list[Source], destinations: list[Destination], lengths: list[int]) -> Tensor:
+    """Plain PyTorch in the operands' dtype: expand, back through the norm, multiply, sum in float32."""
+
+    def written(value: Tensor, source: Source) -> list[Tensor]:
+        if source.weight is None:
+            return [value]
+        gain = 1 if source.gain is None else source.gain
+        return [value[..., h, :] @ source.weight[h] * gain for h in range(source.rows)]
+
+    def read(destination: Destination) -> list[Tensor]:
+        gradient, weight, norm = destination.gradient, destination.weight, destination.norm
+        if norm is None:
+            return [gradient]
+        stream = norm.stream.detach().requires_grad_()
+        wide = stream.float()
+        centred = wide - wide.mean(-1, keepdim=True) if norm.centred else wide
+        normed = centred * (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        output = normed.to(stream.dtype) * norm.gain
+        at_norm = (
+            [gradient] if weight is None else [gradient[..., h, :] @ weight[h] for h in range(len(weight))]
+        )
+        return [torch.autograd.grad(output, stream, u, retain_graph=True)[0] for u in at_norm]
+
+    outputs = []
+    for source in sources:
+        clean = written(source.value, source)
+        if source.replacement is None:
+            outputs += [-o for o in clean]
+        else:
+            outputs += [new - o for new, o in zip(written(source.replacement, source), clean, strict=True)]
+    gradients = [(g, d.reach) for d in destinations for g in read(d)]
+    rows = []
+    for b, n in enumerate(lengths):
+        stack = torch.stack([o[b, :n].float().flatten() for o in outputs])
+        rows.append(torch.cat([stack[:reach] @ g[b, :n].float().flatten() for g, reach in gradients]))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles of S at small sizes, and an interpreter in less of a hurry to multiply zeros."""
+    monkeypatch.setattr("eaptk.kernels.block.block_config", lambda *_: BlockConfig(16, 16, 32, 1, 1))
+    monkeypatch.setattr("eaptk.kernels.head.head_config", lambda *_: HeadConfig(16, (32, 16), 64, 1, 1))
+    monkeypatch.setattr("eaptk.kernels.expand.expand_config", lambda _: ExpandConfig(16, 32, 64, 1))
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory handed out by torch.empty holds NaN: what a kernel leaves unwritten and uses is found out."""
+    empty = torch.empty
+
+    def full_of_nan(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return empty(*size, dtype=dtype, device=device).fill_(NAN)
+
+    for module in ("block", "head", "norm"):
+        monkeypatch.setattr(f"eaptk.kernels.{module}.torch.empty", full_of_nan)
+
+
+def check_against_float64(
+    sources: list[Source],
+    destinations: list[Destination],
+    lengths: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = by_definition(sources, destinations, lengths)
+    allowed = relative_error(plain(sources, destinations, lengths), expected)
+    poisoned(monkeypatch)
+    got = contract(sources, destinations, lengths, backend="triton")
+    assert got.dtype == torch.float32
+    by_head = any(source.weight is not None for source in sources)
+    allowance = EXPANDED_ALLOWANCE if by_head else ALLOWANCE
+    assert relative_error(got, expected) <= allowed + allowance[sources[0].value.dtype]
+
+
+BLOCK_SHAPES = ("width", "n_sources", "lengths", "normed", "centred", "patched")
+HEAD_SHAPES = ("width", "heads", "kv_heads", "head_dim", "lengths", "centred", "patched")
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    BLOCK_SHAPES,
+    [
+        (80, 1, [1], False, False, False),
+        (96, 65, [2], True, False, False),
+        (507, 3, [1, 2], True, True, True),
+    ],
+)
+def test_block_level_scores_are_as_good_as_plain_pytorch(
+    dtype: torch.dtype,
+    width: int,
+    n_sources: int,
+    lengths: list[int],
+    normed: bool,
+    centred: bool,
+    patched: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = Maker(lengths, width, dtype, centred, patched)
+    check_against_float64(*block_operands(make, n_sources, normed), lengths, monkeypatch)
+
+
+@DTYPES
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    BLOCK_SHAPES,
+    [
+        (16, 5, [2, 127], True, False, False),
+        (160, 9, [5, 1, 2], False, False, True),
+        (252, 9, [1], True, True, False),
+        (80, 130, [1], False, False, False),
+    ],
+)
+def test_block_level_scores_of_many_tiles_are_as_good_as_plain_pytorch(
+    dtype: torch.dtype,
+    width: int,
+    n_sources: int,
+    lengths: list[int],
+    normed: bool,
+    centred: bool,
+    patched: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = Maker(lengths, width, dtype, centred, patched)
+    check_against_float64(*block_operands(make, n_sources, normed), lengths, monkeypatch)
+
+
+@DTYPES
+@pytest.mark.parametrize(HEAD_SHAPES, [(80, 4, 4, 64, [1], False, False), (160, 7, 1, 96, [3], True, True)])
+def test_head_level_scores_are_as_good_as_plain_pytorch(
+    dtype: torch.dtype,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    lengths: list[int],
+    centred: bool,
+    patched: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = Maker(lengths, width, dtype, centred, patched)
+    check_against_float64(*head_operands(make, heads, kv_heads, head_dim), lengths, monkeypatch)
+
+
+@DTYPES
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    HEAD_SHAPES,
+    [
+        (32, 4, 1, 80, [2, 127], True, False),
+        (252, 8, 1, 128, [3, 2], False, False),
+        (507, 4, 1, 64, [1], True, True),
+        (96, 2, 1, 256, [19], False, True),
+    ],
+)
+def test_head_level_scores_of_many_tiles_are_as_good_as_plain_pytorch(
+    dtype: torch.dtype,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    lengths: list[int],
+    centred: bool,
+    patched: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = Maker(lengths, width, dtype, centred, patched)
+    check_against_float64(*head_operands(make, heads, kv_heads, head_dim), lengths, monkeypatch)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_long_sample_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Maker([513], 20, torch.bfloat16)
+    check_against_float64(*block_operands(make, 2, normed=False), make.lengths, monkeypatch)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_long_sample_is_expanded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eaptk.kernels.head.SCRATCH", 2**16)
+    make = Maker([513], 40, torch.bfloat16)
+    check_against_float64(*head_operands(make, 3, 1, 64, layers=1), make.lengths, monkeypatch)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("by_head", [False, True], ids=["block", "head"])
+def test_a_samples_bits_do_not_depend_on_its_neighbours(by_head: bool) -> None:
+    make = Maker([12, 7], 80, torch.bfloat16, centred=True)
+    sources, destinations = head_operands(make, 2, 1, 64) if by_head else block_operands(make, 5, True)
+    together = contract(sources, destinations, [12, 7], backend="triton")
+
+    def only(tensor: Tensor) -> Tensor:
+        return tensor[1:, :7]
+
+    alone = contract(
+        [replace(s, value=only(s.value)) for s in sources],
+        [
+            replace(d, gradient=only(d.gradient), norm=d.norm and replace(d.norm, stream=only(d.norm.stream)))
+            for d in destinations
+        ],
+        [7],
+        backend="triton",
+    )
+    assert torch.equal(together[1:], alone)
+
+
+def test_a_mean_of_another_dtype_stands_in_for_every_token() -> None:
+    make = Maker([5, 3], 96, torch.bfloat16)
+    sources, destinations = head_operands(make, 2, 1, 64)
+    means = [torch.randn(s.value.shape[2:], generator=make.generator) for s in sources]
+    sources = [
+        replace(s, replacement=mean.expand_as(s.value)) for s, mean in zip(sources, means, strict=True)
+    ]
+    got = contract(sources, destinations, [5, 3], backend="triton")
+    assert relative_error(got, by_definition(sources, destinations, [5, 3])) < 2**-7
+
+
+def test_float64_has_no_kernel_and_says_so() -> None:
+    make = Maker([3], 16, torch.float64)
+    with pytest.raises(ValueError, match="reference"):
+        contract(*block_operands(make, 3, normed=False), [3], backend="triton")
+
+
+def test_the_backend_is_chosen_by_argument_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Maker([3], 16, torch.float64)
+    operands = block_operands(make, 3, normed=False)
+    default = contract(*operands, [3])
+    monkeypatch.setenv("EAPTK_BACKEND", "triton")
+    with pytest.raises(ValueError, match="float64"):
+        contract(*operands, [3])
+    assert torch.equal(contract(*operands, [3], backend="reference"), default)
+
+
+def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EAPTK_BACKEND", "cuda")
+    make = Maker([3], 16, torch.float32)
+    with pytest.raises(ValueError, match="EAPTK_BACKEND is 'cuda'; it must be one of reference, triton"):
+        contract(*block_operands(make, 1, normed=False), [3])
+
+
+def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eaptk.kernels.dispatch.find_spec", lambda name: None)
+    make = Maker([3], 16, torch.float32)
+    with pytest.raises(ValueError, match=r"pip install 'eaptk\[gpu\]'"):
+        contract(*block_operands(make, 1, normed=False), [3], backend="triton")
