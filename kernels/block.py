@@ -103,8 +103,9 @@ def _block_kernel(
         g_at = (g_base + t * g_stride)[:, None] + k[None, :]
         if ALIGNED:
             o_at = tl.multiple_of(o_at, (16, 16))
-            g_at = tl.multiple_of(g_at, (16, 16))
         o = tl.load(o_at, mask=s_mask[:, None] & k_mask, other=0.0)
+        if ALIGNED:
+            g_at = tl.multiple_of(g_at, (16, 16))
         g = tl.load(g_at, mask=d_mask[:, None] & k_mask, other=0.0)
         if PATCHED:
             r_at = (r_base + t * r_stride)[:, None] + k[None, :]
@@ -117,8 +118,9 @@ def _block_kernel(
             gain_at = gain_base[:, None] + k[None, :]
             if ALIGNED:
                 x_at = tl.multiple_of(x_at, (16, 16))
-                gain_at = tl.multiple_of(gain_at, (16, 16))
             x = tl.load(x_at, mask=normed[:, None] & k_mask, other=0.0).to(tl.float32)
+            if ALIGNED:
+                gain_at = tl.multiple_of(gain_at, (16, 16))
             gain = tl.load(gain_at, mask=normed[:, None] & k_mask, other=1.0)
             rho = tl.load(rho_at + t, mask=normed, other=1.0)
             c = tl.load(rho_at + t + plane, mask=normed, other=0.0)
@@ -156,7 +158,7 @@ class BlockConfig:
 def block_config(dtype: torch.dtype, normed: bool, patched: bool, target: Target) -> BlockConfig:
     """One good default: as many bytes in flight as registers and shared memory allow without a spill."""
     if dtype == torch.float32:  # no tensor cores to feed
-        return BlockConfig(64, 64, 16, stages=2, warps=4)
+        return BlockConfig(64, 64, 16, stages=2, warps=4 if target.backend == "hip" else 8)
     stages = 2 if target.backend == "hip" else 3
     if not (normed or patched):
         return BlockConfig(128, 64, 64, stages, warps=8)

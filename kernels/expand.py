@@ -17,6 +17,7 @@ from torch import Tensor
 from .operands import Destination, Source
 from .products import dot, narrow
 from .tables import COLUMNS, TRITON_DTYPES, Table
+from .target import Target, current
 
 _COLUMNS = tl.constexpr(COLUMNS)
 
@@ -80,7 +81,6 @@ def _expand_kernel(
             )
             if ALIGNED:
                 z_at = tl.multiple_of(z_at, (16, 16))
-                w_at = tl.multiple_of(w_at, (16, 16))
             z = tl.load(z_at, mask=t_mask & h_mask[None, :], other=0.0)
             if PATCHED:
                 z_new_at = other + h[None, :]
@@ -89,6 +89,8 @@ def _expand_kernel(
                 z_new = tl.load(z_new_at, mask=t_mask & h_mask[None, :], other=0.0)
                 change = z_new.to(tl.float32) - z.to(tl.float32)
                 z = narrow(change, DTYPE)
+            if ALIGNED:
+                w_at = tl.multiple_of(w_at, (16, 16))
             w = tl.load(w_at, mask=h_mask[:, None] & c_mask, other=0.0)
             acc = dot(z, w, acc)
             if PATCHED:
@@ -126,9 +128,10 @@ class ExpandConfig:
     warps: int
 
 
-def expand_config(dtype: torch.dtype) -> ExpandConfig:
+def expand_config(dtype: torch.dtype, target: Target) -> ExpandConfig:
     """One good default; float32 has no tensor cores to feed and takes narrower tiles."""
-    return ExpandConfig(64, 64, 16, 8) if dtype == torch.float32 else ExpandConfig(64, 128, 64, 8)
+    warps = 4 if target.backend == "hip" else 8
+    return ExpandConfig(64, 64, 16, warps) if dtype == torch.float32 else ExpandConfig(64, 128, 64, warps)
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def chunks(sample: int, length: int, tokens: int, width: int, columns: int) -> I
 
 def expand(side: Side, chunk: Chunk, out: Tensor, lead: tuple[int, int], width: int) -> None:
     """Write [tokens, columns] of every row to out [n_rows, row_size]; `lead` is (B, T)."""
-    config = expand_config(side.table.dtype)
+    config = expand_config(side.table.dtype, current())
     for group in side.groups:
         grid = (
             triton.cdiv(chunk.columns, config.block_c),

@@ -16,6 +16,7 @@ what the projection itself made of the stream: 2·D·head_dim FLOPs a row and to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,13 +26,30 @@ from torch import Tensor
 from .operands import Destination
 from .products import dot, narrow
 from .tables import COLUMNS, TRITON_DTYPES, Table
+from .target import Target, current
 
 _COLUMNS = tl.constexpr(COLUMNS)
 #: Numbers a row and token: ρ, c, e.
 STATISTICS = 3
-ROW_BLOCK = 1024
-TOKEN_BLOCK = 64
-INNER_BLOCK = 64
+ROW_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """Tile sizes of the projection and how they are run."""
+
+    block_t: int
+    block_h: int
+    block_k: int
+    warps: int
+
+
+def projection_config(dtype: torch.dtype, head_dim: int, target: Target) -> ProjectionConfig:
+    """One good default; a tile holds whole heads, so wide heads leave room for fewer tokens."""
+    block_h = max(16, triton.next_power_of_2(head_dim))
+    wide = dtype == torch.float32
+    block_t = min(64, (4096 if wide else 8192) // block_h)
+    return ProjectionConfig(block_t, block_h, 16 if wide else 32, 4 if target.backend == "hip" else 8)
 
 
 @triton.jit
@@ -45,6 +63,7 @@ def _norm_kernel(
     eps,  # [n_rows] float32
     DTYPE: tl.constexpr,
     CENTRED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # The rows of one norm are neighbours in the launch: its stream comes from the L2 after the first.
@@ -58,33 +77,42 @@ def _norm_kernel(
     gradient = tl.load(entry).to(pointer) + sample * tl.load(entry + 1) + token * tl.load(entry + 2)
     stream = tl.load(entry + 3).to(pointer) + sample * tl.load(entry + 4) + token * tl.load(entry + 5)
     gain = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
-    lane = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)[None, :]
 
     mean = 0.0
     if CENTRED:
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((1, BLOCK), tl.float32)
         for start in range(0, width, BLOCK):
             k = start + lane
-            total += tl.load(stream + k, mask=k < width, other=0.0).to(tl.float32)
-        mean = tl.sum(total, 0) / width
-    squares = tl.zeros((BLOCK,), tl.float32)
-    along = tl.zeros((BLOCK,), tl.float32)
-    summed = tl.zeros((BLOCK,), tl.float32)
+            x_at = stream + k
+            if ALIGNED:
+                x_at = tl.multiple_of(x_at, (16, 16))
+            total += tl.load(x_at, mask=k < width, other=0.0).to(tl.float32)
+        mean = tl.sum(total) / width
+    squares = tl.zeros((1, BLOCK), tl.float32)
+    along = tl.zeros((1, BLOCK), tl.float32)
+    summed = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, width, BLOCK):
         k = start + lane
         mask = k < width
-        x = tl.load(stream + k, mask=mask, other=0.0).to(tl.float32)
+        x_at = stream + k
+        if ALIGNED:
+            x_at = tl.multiple_of(x_at, (16, 16))
+        x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x - mean, 0.0)
-        u = tl.load(gradient + k, mask=mask, other=0.0).to(tl.float32)
+        u_at = gradient + k
+        if ALIGNED:
+            u_at = tl.multiple_of(u_at, (16, 16))
+        u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
         u *= tl.load(gain + k, mask=mask, other=0.0)
         squares += x * x
         along += u * x
         summed += u
-    rho = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / width + tl.load(eps + row))
-    c = rho * rho * rho * tl.sum(along, 0) / width
+    rho = 1.0 / tl.sqrt_rn(tl.sum(squares) / width + tl.load(eps + row))
+    c = rho * rho * rho * tl.sum(along) / width
     e = c * mean
     if CENTRED:
-        e -= rho * tl.sum(summed, 0) / width
+        e -= rho * tl.sum(summed) / width
     size = tl.num_programs(1).to(tl.int64)
     here = out + row * 3 * size + tl.program_id(1)
     tl.store(here, rho)
@@ -106,6 +134,7 @@ def _head_norm_kernel(
     eps,  # [n_rows] float32
     DTYPE: tl.constexpr,
     CENTRED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,  # all of head_dim
     BLOCK_K: tl.constexpr,
@@ -128,7 +157,10 @@ def _head_norm_kernel(
     if CENTRED:
         for start in range(0, width, BLOCK_K):
             k = start + lane
-            x = tl.load(stream + k[None, :], mask=real[:, None] & (k < width)[None, :], other=0.0)
+            x_at = stream + k[None, :]
+            if ALIGNED:
+                x_at = tl.multiple_of(x_at, (16, 16))
+            x = tl.load(x_at, mask=real[:, None] & (k < width)[None, :], other=0.0)
             mean += tl.sum(x.to(tl.float32), 1)
         mean = mean / width
     squares = tl.zeros((BLOCK_T,), tl.float32)
@@ -137,15 +169,20 @@ def _head_norm_kernel(
     for start in range(0, width, BLOCK_K):
         k = start + lane
         mask = real[:, None] & (k < width)[None, :]
-        x = tl.load(stream + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        x_at = stream + k[None, :]
+        if ALIGNED:
+            x_at = tl.multiple_of(x_at, (16, 16))
+        x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x - mean[:, None], 0.0)
         squares += tl.sum(x * x, 1)
         gamma = tl.load(gain + k, mask=k < width, other=0.0)
-        w = tl.load(
-            weight + h.to(tl.int64)[None, :] * weight_stride_h + k.to(tl.int64)[:, None] * weight_stride_d,
-            mask=(h < head_dim)[None, :] & (k < width)[:, None],
-            other=0.0,
+        w_at = weight + (
+            h.to(tl.int64)[None, :] * weight_stride_h + k.to(tl.int64)[:, None] * weight_stride_d
         )
+        w_mask = (h < head_dim)[None, :] & (k < width)[:, None]
+        if ALIGNED:
+            w_at = tl.multiple_of(w_at, (16, 16))
+        w = tl.load(w_at, mask=w_mask, other=0.0)
         projected = dot(narrow(x * gamma[None, :], DTYPE), w, projected)
         if CENTRED:
             weight_sum += tl.sum(w.to(tl.float32) * gamma[:, None], 0)
@@ -204,13 +241,15 @@ def norm_statistics(
                 eps_row,
                 dtype,
                 centred,
+                table.aligned,
                 ROW_BLOCK,
                 num_warps=4,
                 enable_fp_fusion=True,
             )
             continue
         head_dim, stride_h, stride_d = layout
-        _head_norm_kernel[len(members), triton.cdiv(max(lengths), TOKEN_BLOCK), n_samples](
+        config = projection_config(table.dtype, head_dim, current())
+        _head_norm_kernel[len(members), triton.cdiv(max(lengths), config.block_t), n_samples](
             rows,
             indices,
             length_row,
@@ -223,10 +262,11 @@ def norm_statistics(
             eps_row,
             dtype,
             centred,
-            TOKEN_BLOCK,
-            max(16, triton.next_power_of_2(head_dim)),
-            INNER_BLOCK,
-            num_warps=8,
+            table.aligned,
+            config.block_t,
+            config.block_h,
+            config.block_k,
+            num_warps=config.warps,
             enable_fp_fusion=True,
         )
     return out

@@ -138,7 +138,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles of S at small sizes, and an interpreter in less of a hurry to multiply zeros."""
     monkeypatch.setattr("eaptk.kernels.block.block_config", lambda *_: BlockConfig(16, 16, 32, 1, 1))
     monkeypatch.setattr("eaptk.kernels.head.head_config", lambda *_: HeadConfig(16, (32, 16), 64, 1, 1))
-    monkeypatch.setattr("eaptk.kernels.expand.expand_config", lambda _: ExpandConfig(16, 32, 64, 1))
+    monkeypatch.setattr("eaptk.kernels.expand.expand_config", lambda *_: ExpandConfig(16, 32, 64, 1))
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
