@@ -33,9 +33,11 @@ from .tables import destination_table, n_edges, operand_dtype, row_reach, source
 from .target import Target, current
 from .tiles import cdiv, even, tiles
 
-#: Bytes of scratch that one chunk's expanded rows fill, unless a single 128 × 32 chunk takes more.
+#: Bytes of scratch that one chunk's expanded rows fill, unless one of the fewest columns takes more.
 SCRATCH = 64 * 2**20
 CHUNK_TOKENS = 128
+#: Fewer would leave tiles of the expansion empty.
+MIN_COLUMNS = 128
 COLUMN_MULTIPLE = 32
 #: Programs a chunk's contraction is split into at least, tiles × splits: two for each of a large card's processors.
 PROGRAMS = 256
@@ -112,7 +114,7 @@ def head_plan(n_rows: int, n_tiles: int, length: int, width: int, itemsize: int,
     """From shapes alone; `n_rows` counts sources and destinations."""
     tokens = even(length, CHUNK_TOKENS, 16)
     room = SCRATCH // (n_rows * tokens * itemsize)
-    columns = even(width, max(COLUMN_MULTIPLE, room // COLUMN_MULTIPLE * COLUMN_MULTIPLE), COLUMN_MULTIPLE)
+    columns = even(width, max(MIN_COLUMNS, room // COLUMN_MULTIPLE * COLUMN_MULTIPLE), COLUMN_MULTIPLE)
     inner = tokens * columns
     part = cdiv(cdiv(inner, cdiv(PROGRAMS, n_tiles)), block_k) * block_k
     return HeadPlan(tokens, columns, part, cdiv(inner, part))

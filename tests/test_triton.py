@@ -272,6 +272,7 @@ def test_a_long_sample_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("small_tiles")
 def test_a_long_sample_is_expanded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eaptk.kernels.head.SCRATCH", 2**16)
+    monkeypatch.setattr("eaptk.kernels.head.MIN_COLUMNS", 32)
     make = Maker([513], 40, torch.bfloat16)
     check_against_float64(*head_operands(make, 3, 1, 64, layers=1), make.lengths, monkeypatch)
 
