@@ -96,7 +96,7 @@ class HeadConfig:
 def head_config(dtype: torch.dtype, target: Target) -> HeadConfig:
     """One good default; float32 has no tensor cores to feed and takes narrower tiles."""
     if dtype == torch.float32:
-        return HeadConfig(64, (64,), 16, stages=2, warps=4)
+        return HeadConfig(64, (64,), 16, stages=2, warps=4 if target.backend == "hip" else 8)
     return HeadConfig(128, (128, 64), 64, stages=2 if target.backend == "hip" else 3, warps=8)
 
 
