@@ -35,8 +35,7 @@ def contract(
     Raises:
         ValueError: the backend is unknown, not installed, or cannot take these operands.
     """
-    chosen = _chosen(backend, sources)
-    if chosen == "reference":
+    if _chosen(backend, sources, destinations) == "reference":
         return reference.contract(sources, destinations, lengths)
     if find_spec("triton") is None:
         raise ValueError(
@@ -54,7 +53,9 @@ def contract(
     return contract_block(sources, destinations, lengths)
 
 
-def _chosen(backend: Backend | None, sources: Sequence[Source]) -> Backend:
+def _chosen(
+    backend: Backend | None, sources: Sequence[Source], destinations: Sequence[Destination]
+) -> Backend:
     named = backend or os.environ.get(VARIABLE)
     if named:
         if named not in BACKENDS:
@@ -62,5 +63,6 @@ def _chosen(backend: Backend | None, sources: Sequence[Source]) -> Backend:
             raise ValueError(f"{where} is {named!r}; it must be one of {', '.join(BACKENDS)}")
         return "triton" if named == "triton" else "reference"
     # torch calls ROCm's devices "cuda" as well.
-    on_gpu = bool(sources) and sources[0].value.device.type == "cuda"
-    return "triton" if on_gpu and sources[0].value.dtype != torch.float64 else "reference"
+    values = [*(s.value for s in sources), *(d.gradient for d in destinations)]
+    on_gpu = all(value.device.type == "cuda" and value.dtype != torch.float64 for value in values)
+    return "triton" if values and on_gpu else "reference"

@@ -5,7 +5,10 @@ The rule: a kernel's error may not exceed that of plain PyTorch in the same dtyp
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -340,3 +343,19 @@ def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     make = Maker([3], 16, torch.float32)
     with pytest.raises(ValueError, match=r"pip install 'eaptk\[gpu\]'"):
         contract(*block_operands(make, 1, normed=False), [3], backend="triton")
+
+
+def test_importing_eaptk_imports_no_triton() -> None:
+    script = "import sys, eaptk; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script]).returncode == 0
+
+
+def test_the_gpu_benchmark_runs_end_to_end_at_toy_size() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ratio_to_bare" in done.stdout
