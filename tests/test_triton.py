@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_kernels import by_definition, relative_error
+from tiny import tiny_batch, tiny_model
 from torch import Tensor
 
+from eaptk import Graph, attribute
+from eaptk.attribution import Ablation
+from eaptk.graph import Granularity
 from eaptk.kernels import Destination, Norm, Source, contract
 from eaptk.kernels.block import BlockConfig
 from eaptk.kernels.expand import ExpandConfig
@@ -343,6 +347,28 @@ def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     make = Maker([3], 16, torch.float32)
     with pytest.raises(ValueError, match=r"pip install 'eaptk\[gpu\]'"):
         contract(*block_operands(make, 1, normed=False), [3], backend="triton")
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("family", "ablation", "granularity"),
+    [
+        ("qwen2", "zero", "block"),
+        ("qwen2", "patching", "head"),
+        ("gpt2", "patching", "block"),
+        ("gpt2", "zero", "head"),
+        ("gemma2", "patching", "head"),
+        ("gpt_neox", "zero", "head"),
+    ],
+)
+def test_attribution_takes_the_kernels_as_it_takes_the_reference(
+    family: str, ablation: Ablation, granularity: Granularity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family, dtype=torch.float32)
+    graph, batch = Graph.from_model(model, granularity=granularity), tiny_batch(2)
+    expected = attribute(model, batch, graph, ablation=ablation).rows
+    monkeypatch.setenv("EAPTK_BACKEND", "triton")
+    assert relative_error(attribute(model, batch, graph, ablation=ablation).rows, expected.double()) < 1e-5
 
 
 def test_importing_eaptk_imports_no_triton() -> None:
