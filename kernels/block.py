@@ -43,6 +43,7 @@ def _block_kernel(
     pieces,  # [n_pieces, 3] int32: sample, first token, tokens
     statistics,  # [n_destinations, 3, B, T] float32, read behind a norm
     partials,  # [n_pieces, n_tiles, BLOCK_D, BLOCK_S] float32
+    n_tiles,
     n_sources,
     n_destinations,
     width,
@@ -59,8 +60,9 @@ def _block_kernel(
     STAGES: tl.constexpr,
 ):
     # All tiles of one piece are neighbours in the launch: what one has read the others find in the L2.
-    tile = tl.program_id(0).to(tl.int64)
-    piece = tl.program_id(1).to(tl.int64)
+    # One axis, as only the first may be longer than 65535.
+    tile = (tl.program_id(0) % n_tiles).to(tl.int64)
+    piece = (tl.program_id(0) // n_tiles).to(tl.int64)
     d = tl.load(tiles + tile * 2) + tl.arange(0, BLOCK_D)
     s = tl.load(tiles + tile * 2 + 1) + tl.arange(0, BLOCK_S)
     sample = tl.load(pieces + piece * 3).to(tl.int64)
@@ -140,7 +142,6 @@ def _block_kernel(
             acc = dot(g, tl.trans(o), acc)
 
     inside = tl.arange(0, BLOCK_D)[:, None] * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
-    n_tiles = tl.num_programs(0)
     tl.store(partials + (piece * n_tiles + tile) * (BLOCK_D * BLOCK_S) + inside, acc)
 
 
@@ -185,13 +186,14 @@ def contract_block(
         len(piece_list), len(tile_list), config.block_d, config.block_s, dtype=torch.float32, device=device
     )
     scores = torch.empty(n_samples, n_edges(destinations), dtype=torch.float32, device=device)
-    _block_kernel[len(tile_list), len(piece_list)](
+    _block_kernel[(len(tile_list) * len(piece_list),)](
         right_rows,
         left_rows,
         tile_rows,
         piece_rows,
         partials if statistics is None else statistics,
         partials,
+        len(tile_list),
         len(right.rows),
         len(left.rows),
         width,

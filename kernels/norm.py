@@ -58,6 +58,8 @@ def _norm_kernel(
     indices,  # [n_normed] int32, which rows to do
     lengths,  # [B] int32
     out,  # [n_rows, 3, B, T] float32
+    n_normed,
+    plane,  # B·T
     n_tokens,
     width,
     eps,  # [n_rows] float32
@@ -67,9 +69,11 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
 ):
     # The rows of one norm are neighbours in the launch: its stream comes from the L2 after the first.
-    row = tl.load(indices + tl.program_id(0)).to(tl.int64)
-    token = (tl.program_id(1) % n_tokens).to(tl.int64)
-    sample = (tl.program_id(1) // n_tokens).to(tl.int64)
+    # One axis, as only the first may be longer than 65535.
+    row = tl.load(indices + tl.program_id(0) % n_normed).to(tl.int64)
+    position = (tl.program_id(0) // n_normed).to(tl.int64)
+    token = position % n_tokens
+    sample = position // n_tokens
     if token >= tl.load(lengths + sample):
         return
     entry = table + row * _COLUMNS
@@ -113,11 +117,10 @@ def _norm_kernel(
     e = c * mean
     if CENTRED:
         e -= rho * tl.sum(summed) / width
-    size = tl.num_programs(1).to(tl.int64)
-    here = out + row * 3 * size + tl.program_id(1)
+    here = out + row * 3 * plane + position
     tl.store(here, rho)
-    tl.store(here + size, c)
-    tl.store(here + 2 * size, e)
+    tl.store(here + plane, c)
+    tl.store(here + 2 * plane, e)
 
 
 @triton.jit
@@ -231,11 +234,13 @@ def norm_statistics(
     for (centred, layout), members in groups.items():
         indices = torch.tensor(members, dtype=torch.int32).to(device, non_blocking=True)
         if layout is None:
-            _norm_kernel[len(members), n_samples * n_tokens](
+            _norm_kernel[(len(members) * n_samples * n_tokens,)](
                 rows,
                 indices,
                 length_row,
                 out,
+                len(members),
+                n_samples * n_tokens,
                 n_tokens,
                 width,
                 eps_row,
