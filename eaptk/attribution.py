@@ -126,9 +126,9 @@ def attribute(
             try:
                 rows = contract(sources, run.destinations(), batch.lengths.tolist())
             except ValueError as error:
+                entry = sites.architecture.model_type
                 raise EaptkError(
-                    f"architecture entry {sites.architecture.model_type!r} does not describe this model: {error}; "
-                    f"compare its module paths with the model's code"
+                    f"{error} (a shape that does not fit: architecture entry {entry!r} names a wrong module)"
                 ) from error
     rows = (rows / _loss_scale(model)).cpu()
     _check_finite(rows, batch, graph)

@@ -45,5 +45,5 @@ def test_an_entry_that_names_a_module_of_another_width_is_refused(monkeypatch: p
     entry = architecture.find_architecture(model.config)
     monkeypatch.setitem(architecture._REGISTRY, "llama", entry)
     register_architecture(dataclasses.replace(entry, mlp_write="mlp.up_proj"))
-    with pytest.raises(EaptkError, match=r"architecture entry 'llama'.*width"):
+    with pytest.raises(EaptkError, match=r"width.*architecture entry 'llama'"):
         attribute(model, {"input_ids": torch.tensor([[1, 2, 3]])}, Graph.from_model(model))
