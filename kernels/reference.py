@@ -21,20 +21,19 @@ that this costs are dropped when rows are packed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from .operands import Destination, Source
+from .operands import Destination, Norm, Source
 
 #: Elements of the scratch that holds one chunk's expanded rows: 32 MB in float32, about a last-level cache.
 SCRATCH = 8 * 2**20
 #: Fewest tokens a chunk holds, however wide the graph: below it the products degenerate to vector ones.
 MIN_TOKENS = 16
-#: Destination rows a group is filled up to.
-GROUP_ROWS = 48
+#: Destination rows a group is filled up to: wide enough for vector units, narrow enough to skip half the non-edges.
+GROUP_ROWS = 16
 #: Partial products a chunk is split into, added in order: work for several threads, the same bits for any number.
 SPLIT = 8
 
@@ -71,8 +70,8 @@ def contract(
 
     source_scratch = torch.empty(n_sources * chunk * width, dtype=dtype, device=device)
     group_scratch = torch.empty(group_rows * chunk * width, dtype=dtype, device=device)
-    n_edges = sum(d.rows * d.reach for d in destinations)
-    scores = torch.empty(len(lengths), n_edges, dtype=dtype, device=device)
+    real = torch.cat([group.real() for group in groups]).nonzero().flatten().to(device)
+    scores = torch.empty(len(lengths), len(real), dtype=dtype, device=device)
     for b, length in enumerate(lengths):
         sums = [torch.zeros(group.rows, group.reach, dtype=torch.float64, device=device) for group in groups]
         for start in range(0, length, chunk):
@@ -90,11 +89,7 @@ def contract(
                     reader.expand(b, tokens, gradients[row : row + reader.rows])
                     row += reader.rows
                 total += _product(gradients, expanded[: group.reach])
-        column = 0
-        for group, total in zip(groups, sums, strict=True):
-            for row, reach in enumerate(group.reaches):
-                scores[b, column : column + reach] = total[row, :reach]
-                column += reach
+        scores[b] = torch.cat([total.flatten() for total in sums])[real]
     return scores if sources[0].replacement is not None else scores.neg_()
 
 
@@ -113,6 +108,9 @@ class _Reader:
             self.weight = torch.cat(weights).to(dtype) * self.norm.gain.to(dtype)
             if self.norm.centred:
                 self.weight -= self.weight.mean(-1, keepdim=True)
+        if self.norm is not None:
+            #: [B, T, 1], and the mean that goes before it.
+            self.mean, self.rho = _statistics(self.norm, dtype)
 
     def expand(self, b: int, tokens: slice, out: Tensor) -> None:
         """Write G of `tokens` into out [rows, t, D]."""
@@ -121,12 +119,9 @@ class _Reader:
             for row, member in zip(out, self.members, strict=True):
                 row.copy_(member.gradient[b, tokens])
             return
-        stream = norm.stream[b, tokens].to(out.dtype)
-        if norm.centred:
-            stream = stream - stream.mean(-1, keepdim=True)
-        size = torch.linalg.vector_norm(stream, dim=-1, keepdim=True)
-        rho = torch.rsqrt(size.square() / stream.shape[-1] + norm.eps)
-        normed = stream * rho
+        rho = self.rho[b, tokens]
+        normed = norm.stream[b, tokens].to(out.dtype)
+        normed = (normed if self.mean is None else normed - self.mean[b, tokens]) * rho
         if self.weight is None:
             scale = rho * norm.gain.to(out.dtype)
             for row, member in zip(out, self.members, strict=True):
@@ -145,25 +140,27 @@ class _Reader:
         out.addcmul_(along.unsqueeze(-1), normed.unsqueeze(0), value=-1 / normed.shape[-1])
 
 
-@dataclass(frozen=True)
 class _Group:
     """Consecutive destinations contracted in one product."""
 
-    readers: list[_Reader]
+    def __init__(self, readers: Sequence[_Reader]) -> None:
+        self.readers = readers
+        members = [member for reader in readers for member in reader.members]
+        self.reaches = torch.tensor([member.reach for member in members for _ in range(member.rows)])
+        self.rows = len(self.reaches)
+        self.reach = members[-1].reach
 
-    @property
-    def rows(self) -> int:
-        return sum(reader.rows for reader in self.readers)
+    def real(self) -> Tensor:
+        """[rows·reach] bool: which products of the group are edges."""
+        return (torch.arange(self.reach) < self.reaches[:, None]).flatten()
 
-    @property
-    def reaches(self) -> list[int]:
-        """[rows]: source rows that each destination row reads."""
-        members = [member for reader in self.readers for member in reader.members]
-        return [member.reach for member in members for _ in range(member.rows)]
 
-    @property
-    def reach(self) -> int:
-        return self.reaches[-1]
+def _statistics(norm: Norm, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Mean (of a norm that removes it) and ρ, [B, T, 1]."""
+    stream = norm.stream.to(dtype)
+    mean = stream.mean(-1, keepdim=True) if norm.centred else None
+    size = torch.linalg.vector_norm(stream if mean is None else stream - mean, dim=-1, keepdim=True)
+    return mean, torch.rsqrt(size.square() / stream.shape[-1] + norm.eps)
 
 
 def _groups(destinations: Sequence[Destination], dtype: torch.dtype) -> list[_Group]:
