@@ -369,3 +369,9 @@ def mean_written(model: nn.Module, batch: Batch, graph: Graph) -> dict[str, Tens
     sequences = [ids[:length] for ids, length in zip(batch.ids, batch.lengths.tolist(), strict=True)]
     written = [record(model, ids, graph) for ids in sequences]
     return {name: torch.cat([w[name] for w in written]).mean(0) for name in written[0]}
+
+
+def relative_error(ours: Any, expected: Any) -> float:
+    """Relative Frobenius distance."""
+    ours, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (ours, expected))
+    return float((ours - expected).norm() / expected.norm())

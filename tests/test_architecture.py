@@ -1,0 +1,112 @@
+"""Which models can be scored: built-in entries, entries of one's own, and projections that cannot be split by head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import transformers
+from tiny import tiny_batch, tiny_model
+from torch import Tensor, nn
+
+from eaptk import (
+    Architecture,
+    EaptkError,
+    Graph,
+    architecture,
+    attribute,
+    register_architecture,
+)
+
+GRANULARITIES = ["block", "head"]
+EXACT = 1e-12  # relative Frobenius in float64
+
+
+class Scaled(nn.Linear):
+    """A projection that is more than its weight, as quantised and adapted ones are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * super().forward(x)
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "o_proj"])
+def test_a_projection_that_is_more_than_its_weight_is_never_split_by_head(projection: str) -> None:
+    model, batch = tiny_model("llama"), tiny_batch()
+    for layer in model.model.layers:
+        getattr(layer.self_attn, projection).__class__ = Scaled
+    with pytest.raises(EaptkError, match=r"Scaled.*granularity='block'"):
+        attribute(model, batch, Graph.from_model(model, "head"))
+    graph = Graph.from_model(model, "block")
+    assert (
+        oracle.relative_error(
+            attribute(model, batch, graph).matrix(), oracle.batch_scores(model, batch, graph)
+        )
+        < EXACT
+    )
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before = dict(architecture._REGISTRY)
+    yield
+    architecture._REGISTRY.clear()
+    architecture._REGISTRY.update(before)
+
+
+PHI = Architecture(
+    "phi",
+    final_norm="model.final_layernorm",
+    mlp_norm="input_layernorm",
+    attention_output="self_attn.dense",
+    norm="layer",
+    parallel=lambda config: True,
+)
+STABLELM = Architecture("stablelm", norm="layer")
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("qkv", ["split", "merged"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("entry", [PHI, STABLELM], ids=lambda entry: entry.model_type)
+def test_a_registered_architecture_is_scored_like_a_built_in_one(
+    entry: Architecture, granularity: str, qkv: str
+) -> None:
+    model, batch = tiny_model(entry.model_type), tiny_batch()
+    register_architecture(entry)
+    graph = Graph.from_model(model, granularity, qkv)
+    for ablation in ("zero", "patching"):
+        scores = attribute(model, batch, graph, ablation=ablation)
+        assert (
+            oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, ablation)) < EXACT
+        )
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("path", ["mlp_norm", "query", "attention_output", "final_norm", "layers"])
+def test_an_entry_with_a_wrong_path_is_refused_by_name(path: str) -> None:
+    model = tiny_model("stablelm", torch.float32)
+    register_architecture(Architecture("stablelm", norm="layer", **{path: "not.there"}))
+    with pytest.raises(EaptkError, match=r"stablelm.*not\.there|not\.there.*stablelm"):
+        attribute(model, tiny_batch(), Graph.from_model(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.PhiConfig(), "model type 'phi' has no architecture entry.*register_architecture"),
+        (transformers.BertConfig(), "model type 'bert' has no architecture entry.*encoder-only"),
+        (transformers.T5Config(), "'t5' is an encoder-decoder"),
+    ],
+    ids=["phi", "bert", "t5"],
+)
+def test_an_unknown_model_type_is_named_with_the_remedy(config: Any, message: str) -> None:
+    with pytest.raises(EaptkError, match=message):
+        Graph.from_config(config)
+
+
+def test_a_model_of_unknown_type_is_refused_whatever_the_graph() -> None:
+    with pytest.raises(EaptkError, match=r"model type 'phi'.*register_architecture"):
+        attribute(tiny_model("phi", torch.float32), tiny_batch(), Graph(2, 4, 2))
