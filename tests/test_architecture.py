@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 import transformers
+from oracle import relative_error
 from tiny import tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -41,9 +42,7 @@ def test_a_projection_that_is_more_than_its_weight_is_never_split_by_head(projec
         attribute(model, batch, Graph.from_model(model, "head"))
     graph = Graph.from_model(model, "block")
     assert (
-        oracle.relative_error(
-            attribute(model, batch, graph).matrix(), oracle.batch_scores(model, batch, graph)
-        )
+        relative_error(attribute(model, batch, graph).matrix(), oracle.batch_scores(model, batch, graph))
         < EXACT
     )
 
@@ -79,9 +78,7 @@ def test_a_registered_architecture_is_scored_like_a_built_in_one(
     graph = Graph.from_model(model, granularity, qkv)
     for ablation in ("zero", "patching"):
         scores = attribute(model, batch, graph, ablation=ablation)
-        assert (
-            oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, ablation)) < EXACT
-        )
+        assert relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, ablation)) < EXACT
 
 
 @pytest.mark.usefixtures("registry")

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from oracle import relative_error
 from tiny import NAMES, VOCABULARY, tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def test_every_edge_agrees_with_direct_perturbation(name: str, granularity: str,
     graph = Graph.from_model(model, granularity, qkv)
     scores = attribute(model, batch, graph)
     assert scores.rows.dtype == torch.float64
-    assert oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
+    assert relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
 
 
 @pytest.mark.parametrize("qkv", ["split", "merged"])
@@ -43,9 +44,7 @@ def test_patching_agrees_with_direct_perturbation(name: str, granularity: str, q
     model, batch = tiny_model(name), tiny_batch()
     graph = Graph.from_model(model, granularity, qkv)
     scores = attribute(model, batch, graph, ablation="patching")
-    assert (
-        oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, "patching")) < EXACT
-    )
+    assert relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, "patching")) < EXACT
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -56,8 +55,7 @@ def test_mean_ablation_agrees_with_direct_perturbation(name: str, granularity: s
     scores = attribute(model, batch, graph, ablation="mean", means=source_means(model, [others], graph))
     means = oracle.mean_written(model, others, graph)
     assert (
-        oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, "mean", means=means))
-        < EXACT
+        relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, "mean", means=means)) < EXACT
     )
 
 
@@ -82,10 +80,7 @@ def test_other_losses_agree_with_direct_perturbation(
     graph = Graph.from_model(model, granularity)
     ours, theirs = (squared_logits_of_a_batch, squared_logits) if loss == "callable" else (loss, loss)
     scores = attribute(model, batch, graph, ablation=ablation, loss=ours)
-    assert (
-        oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, ablation, theirs))
-        < EXACT
-    )
+    assert relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, ablation, theirs)) < EXACT
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -96,10 +91,7 @@ def test_kl_is_how_far_each_edge_of_the_corrupted_run_moves_it_from_the_clean_on
     model, batch = tiny_model(name), tiny_batch()
     graph = Graph.from_model(model, granularity)
     scores = attribute(model, batch, graph, ablation="patching", loss="kl")
-    assert (
-        oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, "patching", "kl"))
-        < EXACT
-    )
+    assert relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph, "patching", "kl")) < EXACT
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -109,7 +101,7 @@ def test_float32_agrees_with_float64(name: str, granularity: str) -> None:
     graph = Graph.from_model(single, granularity)
     rows = attribute(single, batch, graph).rows
     assert rows.dtype == torch.float32
-    assert oracle.relative_error(rows, attribute(double, batch, graph).rows) < 1e-5
+    assert relative_error(rows, attribute(double, batch, graph).rows) < 1e-5
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -124,7 +116,7 @@ def test_half_precision_models_give_close_float32_rows(
     assert rows.dtype == torch.float32
     # The model's own rounding, not the contraction's, is what is bounded here.
     tolerance = 0.1 if dtype == torch.bfloat16 else 0.02
-    assert oracle.relative_error(rows, attribute(single, batch, graph).rows) < tolerance
+    assert relative_error(rows, attribute(single, batch, graph).rows) < tolerance
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -132,9 +124,7 @@ def test_half_precision_models_give_close_float32_rows(
 def test_sdpa_and_eager_attention_give_the_same_scores(name: str, granularity: str) -> None:
     sdpa, eager = (tiny_model(name, torch.float32, attention) for attention in ("sdpa", "eager"))
     graph, batch = Graph.from_model(sdpa, granularity), tiny_batch()
-    assert (
-        oracle.relative_error(attribute(sdpa, batch, graph).rows, attribute(eager, batch, graph).rows) < 1e-5
-    )
+    assert relative_error(attribute(sdpa, batch, graph).rows, attribute(eager, batch, graph).rows) < 1e-5
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -153,7 +143,7 @@ def test_awkward_shapes_agree_with_direct_perturbation(
     )
     graph, batch = Graph.from_model(model, granularity), tiny_batch()
     scores = attribute(model, batch, graph)
-    assert oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
+    assert relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -168,7 +158,7 @@ def test_a_long_sequence_beside_a_short_one_agrees_with_direct_perturbation(gran
     batch = collate([Sample("long", tokens(1301), tokens(3)), Sample("short", tokens(17), tokens(3))])
     graph = Graph.from_model(model, granularity)
     scores = attribute(model, batch, graph)
-    assert oracle.relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
+    assert relative_error(scores.matrix(), oracle.batch_scores(model, batch, graph)) < EXACT
 
 
 # Identities
@@ -201,7 +191,7 @@ def test_heads_add_up_to_their_block(name: str, ablation: str) -> None:
     for s, source in enumerate(head.sources):
         for d, destination in enumerate(head.destinations):
             summed[:, owner(block.sources, source), owner(block.destinations, destination)] += fine[:, s, d]
-    assert oracle.relative_error(attribute(model, batch, block, ablation=ablation).matrix(), summed) < EXACT
+    assert relative_error(attribute(model, batch, block, ablation=ablation).matrix(), summed) < EXACT
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -214,7 +204,7 @@ def test_queries_keys_and_values_add_up_to_the_merged_destination(name: str, gra
         fine[..., [(n.kind, n.layer) == (node.kind, node.layer) for n in split.destinations]].sum(-1)
         for node in merged.destinations
     ]
-    assert oracle.relative_error(attribute(model, batch, merged).matrix(), np.stack(summed, -1)) < EXACT
+    assert relative_error(attribute(model, batch, merged).matrix(), np.stack(summed, -1)) < EXACT
 
 
 def test_scores_are_linear_in_the_loss() -> None:
@@ -229,7 +219,7 @@ def test_scores_are_linear_in_the_loss() -> None:
 
     rows = {loss: attribute(model, batch, graph, loss=loss).rows for loss in (first, mixture)}
     squared = attribute(model, batch, graph, loss=squared_logits_of_a_batch).rows
-    assert oracle.relative_error(rows[mixture], 2.0 * rows[first] - 0.5 * squared) < EXACT
+    assert relative_error(rows[mixture], 2.0 * rows[first] - 0.5 * squared) < EXACT
 
 
 def test_patching_with_the_same_prompt_scores_nothing() -> None:
