@@ -30,6 +30,7 @@ FLOORS = [
     {"pairing"},
     {"resampling"},
     {"comparison"},
+    {"experiment"},
     {"figures"},
     {"tables"},
     {"cli"},
