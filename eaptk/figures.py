@@ -25,15 +25,17 @@ from eaptk.resampling import AT_EQUAL_LOSS
 from eaptk.sweep import Doubles, Integers
 
 _NO_EDGE = "#e9e9ec"
-_INK = "#333340"
-_STYLE = {
+INK = "#333340"
+#: Of a difference, by its direction.
+COLOURS = {"up": "#b2182b", "down": "#2166ac", "unresolved": "#8a8a94"}
+STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
     # Ids in an SVG are random without a salt; the same comparison is to give the same bytes.
     "svg.hashsalt": "eaptk",
 }
@@ -55,12 +57,12 @@ def strength_figure(
     Args:
         strength: [e] mean |W| of each of `columns`; None for all edges.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()
-        matrix = _matrix(graph, strength, columns)
-        _strength_panel(axes, graph, matrix, _strength_scale([matrix]), title)
-        _strength_bar(figure, [axes])
+        matrix = edge_matrix(graph, strength, columns)
+        strength_panel(axes, graph, matrix, strength_scale([matrix]), title)
+        strength_bar(figure, [axes])
         return figure
 
 
@@ -76,13 +78,13 @@ def change_figure(
     Grey where `eaptk.comparison.relative_change` is undefined: edges weaker than 1e-4 of the largest strength
     in both.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()
-        matrix = _matrix(graph, relative_change(baseline, strength), columns)
-        limit = _change_limit([matrix])
-        _change_panel(axes, graph, matrix, limit, title)
-        _change_bar(figure, [axes], limit)
+        matrix = edge_matrix(graph, relative_change(baseline, strength), columns)
+        limit = change_limit([matrix])
+        change_panel(axes, graph, matrix, limit, title, grey_means(None))
+        change_bar(figure, [axes], limit)
         return figure
 
 
@@ -93,24 +95,24 @@ def comparison_figure(comparison: Comparison) -> Figure:
     direction is unresolved, and missing where it has none.
     """
     graph, names, columns = comparison.graph, comparison.names, comparison.metrics[0].columns
-    strengths = [_matrix(graph, metrics.strength, columns) for metrics in comparison.metrics]
-    changes = [_matrix(graph, comparison.relative_change(k), columns) for k in range(1, len(names))]
-    scale, limit = _strength_scale(strengths), _change_limit(changes)
+    strengths = [edge_matrix(graph, metrics.strength, columns) for metrics in comparison.metrics]
+    changes = [edge_matrix(graph, comparison.relative_change(k), columns) for k in range(1, len(names))]
+    scale, limit = strength_scale(strengths), change_limit(changes)
     # Two runs and their change fit side by side; more runs get a second row, each change below its run.
     rows, width = (1, 3) if len(names) == 2 else (2, len(names))
     low = 1.5 + 0.5 * len(changes)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5 * width, 4.7 * rows + low), layout="constrained")
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.7 * rows, low])[:, 0]
         panels = np.atleast_2d(above.subplots(rows, width))
         for axes, matrix, name in zip(panels[0], strengths, names, strict=False):
-            _strength_panel(axes, graph, matrix, scale, f"mean |W|: {name}")
-        _strength_bar(above, list(panels[0][: len(names)]))
+            strength_panel(axes, graph, matrix, scale, f"mean |W|: {name}")
+        strength_bar(above, list(panels[0][: len(names)]))
         change_panels = panels[0][2:] if rows == 1 else panels[1][1:]
         for axes, matrix, name in zip(change_panels, changes, names[1:], strict=True):
             change = f"relative change: {names[0]} → {name}"
-            _change_panel(axes, graph, matrix, limit, change, comparison.ablation == "zero")
-        _change_bar(above, list(change_panels), limit)
+            change_panel(axes, graph, matrix, limit, change, grey_means(comparison.ablation))
+        change_bar(above, list(change_panels), limit)
         if rows == 2:
             panels[1][0].set_axis_off()
         _difference_panels(below, comparison)
@@ -123,7 +125,7 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure.savefig(paths[0], dpi=160)
             figure.savefig(paths[1], metadata={"Date": None})
     except OSError as error:
@@ -131,7 +133,7 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
     return paths
 
 
-def _matrix(graph: Graph, values: npt.ArrayLike, columns: Integers | None) -> Doubles:
+def edge_matrix(graph: Graph, values: npt.ArrayLike, columns: Integers | None) -> Doubles:
     """[n_sources, n_destinations], NaN where there is nothing to show."""
     columns = np.arange(graph.n_edges) if columns is None else columns
     matrix = np.full((graph.n_sources, graph.n_destinations), np.nan)
@@ -139,7 +141,8 @@ def _matrix(graph: Graph, values: npt.ArrayLike, columns: Integers | None) -> Do
     return matrix
 
 
-def _strength_scale(matrices: Sequence[Doubles]) -> LogNorm:
+def strength_scale(matrices: Sequence[Doubles]) -> LogNorm:
+    """One logarithmic colour scale for all of them."""
     positive = np.concatenate([matrix[matrix > 0] for matrix in matrices])
     if not len(positive):
         return LogNorm(1e-3, 1)
@@ -148,39 +151,44 @@ def _strength_scale(matrices: Sequence[Doubles]) -> LogNorm:
     return LogNorm(min(bottom, top / 10), top)
 
 
-def _change_limit(matrices: Sequence[Doubles]) -> float:
+def change_limit(matrices: Sequence[Doubles]) -> float:
+    """Where the colours of relative changes end, on either side of 0."""
     sizes = np.abs(np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices]))
     return float(np.percentile(sizes, _CLIP_PERCENTILE)) or 1.0 if len(sizes) else 1.0
 
 
-def _strength_panel(axes: Axes, graph: Graph, matrix: Doubles, scale: LogNorm, title: str) -> None:
+def strength_panel(axes: Axes, graph: Graph, matrix: Doubles, scale: LogNorm, title: str) -> None:
+    """A heatmap of mean |W|."""
     # An edge of strength 0 is an edge: it takes the lowest colour, where a logarithm would blank it.
     _heatmap(axes, graph, np.maximum(matrix, scale.vmin or 0), "viridis", scale, title)
 
 
-def _change_panel(
-    axes: Axes, graph: Graph, matrix: Doubles, limit: float, title: str, zero_ablation: bool = False
+def change_panel(
+    axes: Axes, graph: Graph, matrix: Doubles, limit: float, title: str, note: str | None = None
 ) -> None:
+    """A heatmap of changes; `note` says what is grey, see `grey_means`."""
     _heatmap(axes, graph, matrix, "RdBu_r", Normalize(-limit, limit), title)
+    if note is not None:
+        # Destinations that read little come first and sources that are read little last: this corner is empty.
+        axes.text(0.02, 0.02, note, transform=axes.transAxes, fontsize=7)
+
+
+def grey_means(ablation: str | None) -> str:
+    """Why a change has no colour, a reason a line."""
     noise = f"below {NOISE:.2%} of the largest strength in both"
-    # Destinations that read little come first and sources that are read little last: this corner is empty.
-    axes.text(
-        0.02,
-        0.02,
-        f"grey: no edge, or {noise}"
-        + ("\nor, under zero ablation, input → a0: zero by identity" if zero_ablation else ""),
-        transform=axes.transAxes,
-        fontsize=7,
-    )
+    zero = "\nor, under zero ablation, input → a0: zero by identity" if ablation == "zero" else ""
+    return f"grey: no edge, or {noise}{zero}"
 
 
-def _strength_bar(figure: Figure | SubFigure, axes: list[Axes]) -> None:
+def strength_bar(figure: Figure | SubFigure, axes: list[Axes]) -> None:
+    """The colours of `strength_panel`, beside the panels that share them."""
     bar = figure.colorbar(axes[0].images[0], ax=axes, extend="min", pad=0.02, fraction=0.05, aspect=30)
     bar.set_label("mean |W|")
     bar.outline.set_visible(False)
 
 
-def _change_bar(figure: Figure | SubFigure, axes: list[Axes], limit: float) -> None:
+def change_bar(figure: Figure | SubFigure, axes: list[Axes], limit: float) -> None:
+    """The colours of `change_panel`, beside the panels that share them."""
     bar = figure.colorbar(axes[0].images[0], ax=axes, extend="both", pad=0.02, fraction=0.05, aspect=30)
     bar.set_label(f"relative change, clipped at ±{100 * limit:.3g}% ({_CLIP_PERCENTILE}th percentile)")
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0")
@@ -191,13 +199,13 @@ def _heatmap(axes: Axes, graph: Graph, matrix: Doubles, colours: str, scale: Nor
     palette = matplotlib.colormaps[colours].with_extremes(bad=_NO_EDGE)
     axes.imshow(np.ma.masked_invalid(matrix), cmap=palette, norm=scale, aspect="auto")
     axes.set_title(title, parse_math=False)
-    _ticks(axes.xaxis, graph, graph.destinations, "destination")
-    _ticks(axes.yaxis, graph, graph.sources, "source")
+    node_ticks(axes.xaxis, graph, graph.destinations, "destination")
+    node_ticks(axes.yaxis, graph, graph.sources, "source")
     for side in axes.spines.values():
         side.set_visible(False)
 
 
-def _ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
+def node_ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
     """Name every node of a small graph; else number the layers, with a minor tick at each boundary."""
     axis.set_tick_params(length=0)
     if graph.granularity == "block" and graph.n_layers <= _NAMED_LAYERS:
@@ -218,13 +226,12 @@ def _ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
         ticks = [tick for tick in ticks if tick[0] < 0.92 * len(nodes)] + [(len(nodes) - 1, "logits")]
     axis.set_ticks([place for place, _ in ticks], [label for _, label in ticks])
     axis.set_ticks(np.flatnonzero(np.diff(layer)) + 0.5, minor=True)
-    axis.set_tick_params(which="minor", length=2.5, color=_INK, width=0.5)
+    axis.set_tick_params(which="minor", length=2.5, color=INK, width=0.5)
 
 
 def _difference_panels(figure: SubFigure, comparison: Comparison) -> None:
     """One small panel a metric, in its own units: differences and intervals, 0 dashed."""
     metrics = list(dict.fromkeys(d.metric for d in comparison.differences))
-    colours = {"up": "#b2182b", "down": "#2166ac", "unresolved": "#8a8a94"}
     confidence = f"{comparison.resampling.confidence:.0%}"
     figure.suptitle(
         f"difference to {comparison.names[0]} with {confidence} paired bootstrap interval, "
@@ -240,9 +247,9 @@ def _difference_panels(figure: SubFigure, comparison: Comparison) -> None:
         alike = [d for d in comparison.differences if d.metric.split()[0] == metric.split()[0]]
         exponent = _exponent([value for d in alike for value in (d.low, d.high, d.difference)])
         unit = 10.0**exponent
-        axes.axvline(0, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         for row, d in enumerate(shown):
-            colour = colours[d.direction]
+            colour = COLOURS[d.direction]
             if d.low is not None and d.high is not None:
                 ends = [d.low / unit, d.high / unit]
                 axes.plot(ends, [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
