@@ -15,6 +15,8 @@ from torch import Tensor
 
 from . import reference
 from .operands import Destination, Source
+from .rows import RowStatistics
+from .rows import row_statistics as reference_statistics
 
 Backend = Literal["reference", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
@@ -54,6 +56,14 @@ def contract(
     from .block import contract_block
 
     return contract_block(sources, destinations, lengths)
+
+
+def row_statistics(
+    rows: Tensor, bins: int | None = None, upper: float | None = None, *, backend: Backend | None = None
+) -> RowStatistics:
+    """Moments, extremes and histogram of score rows; see `rows.row_statistics` for arguments and errors."""
+    _chosen(backend)
+    return reference_statistics(rows, bins, upper)
 
 
 def _chosen(backend: Backend | None) -> Backend:
