@@ -100,10 +100,7 @@ def attribute(
         EaptkError: the graph is another model's; ablation and loss lack what they need; the loss or a score is
             NaN or infinite (the sample and the edge are named).
     """
-    batch = _as_batch(batch)
-    _check_request(batch, ablation, loss, means)
-    _check_tokens(batch, model)
-    batch = batch.to(next(model.parameters()).device)
+    batch = prepare(model, batch, ablation, loss, means)
     sites = Sites(model, graph)
     with frozen(model):
         if loss == "kl":
@@ -119,7 +116,7 @@ def attribute(
                 replacements, _ = _values(model, sites, _corrupted(batch))
             run, sample_losses = _gradients(model, sites, batch, loss)
             if means is not None:
-                _check_means(means, run)
+                check_means(means, run)
             sources = run.sources(replacements)
         # Autocast would take the contraction's products in half precision.
         with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
@@ -160,6 +157,20 @@ def source_means(
         raise EaptkError("cannot take means over no batches")
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     return {name: (total / n_tokens).to(dtype) for name, total in totals.items()}
+
+
+def prepare(
+    model: nn.Module,
+    batch: Batch | Mapping[str, Any],
+    ablation: Ablation,
+    loss: LossName | LossFunction,
+    means: Mapping[str, Tensor] | None,
+) -> Batch:
+    """The batch on the model's device; refuses what `attribute` refuses before it runs the model."""
+    batch = _as_batch(batch)
+    _check_request(batch, ablation, loss, means)
+    _check_tokens(batch, model)
+    return batch.to(next(model.parameters()).device)
 
 
 def _as_batch(batch: Batch | Mapping[str, Any]) -> Batch:
@@ -287,7 +298,8 @@ def _check_callable(sample_losses: Any, batch: Batch) -> None:
         )
 
 
-def _check_means(means: Mapping[str, Tensor], run: Capture) -> None:
+def check_means(means: Mapping[str, Tensor], run: Capture) -> None:
+    """Raises EaptkError where means are not those of the sources that `run` captured."""
     for name, value in run.values.items():
         found = tuple(means[name].shape) if name in means else None
         if found != value.shape[2:]:

@@ -24,6 +24,7 @@ from eaptk.attribution import attribute, forward
 from eaptk.batch import Batch, Sample, collate
 from eaptk.capture import Capture, frozen
 from eaptk.graph import Graph, Node
+from eaptk.intervention import norm_before, reading_less, removed
 from eaptk.kernels import Source, contract
 from eaptk.sites import Sites
 
@@ -187,7 +188,7 @@ def _fold(rows: Tensor, fine: Graph, coarse: Graph) -> Tensor:
 def _perturbed(model: nn.Module, sites: Sites, batch: Batch, rows: Tensor, columns: Sequence[int]) -> Finding:
     with torch.no_grad(), Capture(sites, gradients=False) as capture:
         forward(model, sites, batch)
-    written = [_written(source, row) for source in capture.sources() for row in range(source.rows)]
+    written = [removed(source, row) for source in capture.sources() for row in range(source.rows)]
     derivatives = []
     for column in columns:
         node = sites.graph.destinations[sites.graph.edge_destination[column]]
@@ -195,7 +196,7 @@ def _perturbed(model: nn.Module, sites: Sites, batch: Batch, rows: Tensor, colum
             len(batch), 1, 1, dtype=written[0].dtype, device=written[0].device, requires_grad=True
         )
         change = epsilon * written[sites.graph.edge_source[column]]
-        with torch.enable_grad(), _reading_less(sites, node, change):
+        with torch.enable_grad(), reading_less(sites, node, change):
             loss = losses.nll(forward(model, sites, batch), batch)
         derivatives.append(torch.autograd.grad(loss.sum(), epsilon)[0].flatten().cpu())
     expected = torch.stack(derivatives, dim=1).double()
@@ -203,49 +204,6 @@ def _perturbed(model: nn.Module, sites: Sites, batch: Batch, rows: Tensor, colum
     worst = int((got - expected).norm(dim=0).argmax())
     name = f"direct perturbation, {sites.graph.granularity} level"
     return name, _error(got, expected), sites.graph.edge_name(columns[worst])
-
-
-def _written(source: Source, row: int) -> Tensor:
-    """[B, T, D]: what one row of a source operand added to the stream."""
-    if source.weight is None:
-        return source.value
-    weight = source.weight[row] if source.gain is None else source.weight[row] * source.gain
-    return source.value[..., row, :].to(weight.dtype) @ weight
-
-
-@contextmanager
-def _reading_less(sites: Sites, node: Node, change: Tensor) -> Iterator[None]:
-    """Let `node` alone read the stream minus `change`; everything else reads the stream as it is."""
-    layer = sites.layers[node.layer] if node.kind != "logits" else None
-    norm = _norm_before(sites, node)
-    normed: list[Tensor] = []
-
-    def through_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        normed.append(norm.forward(args[0] - change.to(args[0].dtype)))
-
-    def whole(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (normed[0], *args[1:])
-
-    def some_heads(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        mine = torch.zeros_like(output, dtype=torch.bool)
-        assert node.branch is not None
-        branch = sites.branch_values(mine, node.branch)
-        (branch if node.head is None else branch[..., node.head, :]).fill_(True)
-        return torch.where(mine, module.forward(normed[0]), output)
-
-    hooks = [norm.register_forward_pre_hook(through_norm)]
-    if layer is not None and node.kind == "attention":
-        projection = {"q": layer.query, "k": layer.key, "v": layer.value}[node.branch or "q"]
-        hooks.append(projection.register_forward_hook(some_heads))
-    elif layer is not None and layer.shared_norm:
-        hooks.append(layer.mlp_read.register_forward_pre_hook(whole))
-    else:
-        hooks.append(norm.register_forward_hook(lambda module, args, output: normed[0]))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -261,16 +219,9 @@ def _streams(sites: Sites) -> Iterator[dict[Node, Tensor]]:
 
     hooks = []
     for node in sites.graph.destinations:
-        hooks.append(_norm_before(sites, node).register_forward_pre_hook(read(node)))
+        hooks.append(norm_before(sites, node).register_forward_pre_hook(read(node)))
     try:
         yield streams
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _norm_before(sites: Sites, node: Node) -> nn.Module:
-    if node.kind == "logits":
-        return sites.final_norm
-    layer = sites.layers[node.layer]
-    return layer.attention_norm if node.kind == "attention" else layer.mlp_norm
