@@ -74,6 +74,17 @@ def score(
     row_dtype: Annotated[
         Literal["float32", "float16"], typer.Option(help="How scores are stored.")
     ] = "float32",
+    metrics_only: Annotated[
+        bool,
+        typer.Option("--metrics-only", help="Keep what metrics and compare need of each row, not the row."),
+    ] = False,
+    bins: Annotated[
+        int | None, typer.Option(min=1, help="Bins of the histogram of |W| (metrics only); default: 100.")
+    ] = None,
+    upper: Annotated[
+        float | None,
+        typer.Option("--range", help="Where that histogram ends; what lies above is counted."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -99,6 +110,8 @@ def score(
       eaptk score --model ckpts/rl --data q.jsonl --out runs/rl --loss self-nll
 
       eaptk score --model gpt2 --data ioi.jsonl --out ioi --ablation patching
+
+      eaptk score … --metrics-only --range 0.02
     """
     started = time.monotonic()
     try:
@@ -117,6 +130,9 @@ def score(
             max_new_tokens=max_new_tokens,
             tokens_per_batch=tokens_per_batch,
             row_dtype=row_dtype,
+            metrics_only=metrics_only,
+            bins=bins,
+            upper=upper,
             limit=limit,
             dtype=dtype,
             device=device,
@@ -183,7 +199,9 @@ def metrics(
             "--dense", help="Also count the zeros of pairs that are no edge, as the paper's numbers do."
         ),
     ] = False,
-    bins: Annotated[int, typer.Option(min=1, help="Bins of the histogram of |W|.")] = 100,
+    bins: Annotated[
+        int | None, typer.Option(min=1, help="Bins of the histogram of |W|; default: 100.")
+    ] = None,
     upper: Annotated[
         float | None, typer.Option("--range", help="Where the histogram ends; default: the largest |W|.")
     ] = None,
@@ -196,8 +214,8 @@ def metrics(
     diversity, output entropy.
 
     Entropies depend on bins and range: give the same ones to runs you want to
-    hold side by side, or better, use compare. Rows that are not done yet are
-    left out and counted.
+    hold side by side, or better, use compare. A run of metrics only has its
+    own. Rows that are not done yet are left out and counted.
 
     Examples:
 
@@ -236,7 +254,9 @@ def compare(
         bool,
         typer.Option("--dense", help="Count the zeros of pairs that are no edge, as the paper's numbers do."),
     ] = False,
-    bins: Annotated[int, typer.Option(min=1, help="Bins of the histogram of |W|.")] = 100,
+    bins: Annotated[
+        int | None, typer.Option(min=1, help="Bins of the histogram of |W|; default: 100.")
+    ] = None,
     upper: Annotated[
         float | None,
         typer.Option("--range", help="Where the histogram ends; default: the largest |W| of all runs."),

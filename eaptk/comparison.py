@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
-from eaptk.metrics import DEFAULT_BINS, METRICS, Metrics, measure
+from eaptk.metrics import METRICS, Metrics, agreed_histogram, measure
 from eaptk.pairing import PairedRun, pair, run_names
 from eaptk.resampling import (
     AT_EQUAL_LOSS,
@@ -62,8 +62,9 @@ class Comparison:
         metrics: [k], each run's on the shared samples, all with one histogram range.
         ablation: theirs.
         differences: for each run but the first, each metric, after it the same metric at equal loss if that
-            was asked for, and the loss; a metric that is undefined for want of two samples whose scores
-            vary is left out.
+            was asked for, and the loss. A metric that is undefined for want of two samples whose scores
+            vary is left out, and so is diversity where a run keeps no rows: without each sample's correlation
+            there is neither interval nor test.
         sample_ids: [n] of the shared samples.
         n_dropped: [k], finished samples of each run that others lack.
         n_unfinished: [k], samples of each run that are not done.
@@ -218,7 +219,7 @@ def compare(
     names: Sequence[str] | None = None,
     columns: npt.ArrayLike | None = None,
     dense: bool = False,
-    bins: int = DEFAULT_BINS,
+    bins: int | None = None,
     upper: float | None = None,
     log_base: float = math.e,
     resampling: Resampling = _DEFAULT_RESAMPLING,
@@ -230,7 +231,7 @@ def compare(
         runs: two or more; the first is the baseline.
         names: of the runs; default: their folders'.
         columns, dense, bins, upper, log_base: as for `eaptk.metrics.measure`; `upper` None for the largest
-            |W| in any of the runs.
+            |W| in any of the runs, or for the range that a run without rows was scored with.
         resampling: see there.
         control_loss: also report intensity and kurtosis at equal loss (see `eaptk.resampling`), corrected
             together with the others.
@@ -244,6 +245,7 @@ def compare(
     names = run_names(runs, names)
     pairing = pair(runs, names)
     rows, groups = pairing.rows, pairing.groups
+    bins, upper = agreed_histogram(runs, bins, upper)
     if upper is None:
         tops = [
             sweep(run.scores, index, columns).max_abs.max() for run, index in zip(runs, rows, strict=True)
@@ -273,12 +275,13 @@ def compare(
     differences: list[Difference] = []
     for name, side in zip(names[1:], sides[1:], strict=True):
         pair_names = (names[0], name)
-        everywhere = _EVERYWHERE if not varies.all() else (*_EVERYWHERE, *_WHERE_VARYING)
+        where_varying = [m for m in _WHERE_VARYING if m in sides[0].metrics and m in side.metrics]
+        everywhere = _EVERYWHERE if not varies.all() else (*_EVERYWHERE, *where_varying)
         found = paired_differences(everywhere, pair_names, sides[0], side, groups, log_base, resampling)
         kept = (sides[0].keep(varies), side.keep(varies), groups[varies])
         enough = len(np.unique(groups[varies])) >= 2
         if not varies.all() and enough:
-            found += paired_differences(_WHERE_VARYING, pair_names, *kept, log_base, resampling)
+            found += paired_differences(where_varying, pair_names, *kept, log_base, resampling)
         if control_loss:
             found.append(
                 differences_at_equal_loss("intensity", pair_names, sides[0], side, groups, resampling)
@@ -300,7 +303,11 @@ def compare(
         n_dropped=tuple(count - n for count in finished),
         n_unfinished=tuple(len(run.done) - count for run, count in zip(runs, finished, strict=True)),
         resampling=resampling,
-        notes=(*pairing.notes, *_notes(pairing.n_groups, names, sides if control_loss else [])),
+        notes=(
+            *pairing.notes,
+            *_notes(pairing.n_groups, names, sides if control_loss else []),
+            *_notes_without_rows(runs, names, metrics, varying),
+        ),
     )
 
 
@@ -321,10 +328,37 @@ def _notes(n_groups: int, names: Sequence[str], controlled: Sequence[Contributio
     return notes
 
 
+def _notes_without_rows(
+    runs: Sequence[PairedRun],
+    names: Sequence[str],
+    metrics: Sequence[Metrics],
+    varying: Sequence[Metrics | None],
+) -> list[str]:
+    without = [name for run, name in zip(runs, names, strict=True) if run.histogram is not None]
+    if not without:
+        return []
+    values = ", ".join(
+        f"{name} {'unknown' if m is None or m.diversity is None else format(m.diversity, '.4g')}"
+        for name, m in zip(names, varying, strict=True)
+    )
+    notes = [
+        f"{', '.join(without)} kept no rows: diversity has neither interval nor test there; values: {values}"
+    ]
+    partial = [name for name, m in zip(names, metrics, strict=True) if np.isnan(m.strength).any()]
+    if partial:
+        notes.append(
+            f"{', '.join(partial)} kept no rows and has finished samples that are not shared: mean |W| of edges "
+            f"over the shared ones is unknown"
+        )
+    return notes
+
+
 def _contributions(
     metrics: Metrics, varying: Metrics | None, varies: npt.NDArray[np.bool_], loss: Doubles
 ) -> Contributions:
     """First-order contributions: of the entropy at the pooled histogram, of the U-statistic its projection.
+
+    Diversity is left out where a run without rows gives none of the latter.
 
     Args:
         metrics: of all n pairs.
@@ -336,8 +370,9 @@ def _contributions(
     pooled = metrics.sample_histogram.sum(0) / total.sum()
     surprise = -np.log(pooled, out=np.zeros_like(pooled), where=pooled > 0) / math.log(metrics.log_base)
     kurtosis, diversity = np.full((2, len(varies)), np.nan)
-    if varying is not None and varying.diversity is not None:
+    if varying is not None:
         kurtosis[varies] = varying.sample_kurtosis
+    if varying is not None and varying.diversity is not None:
         diversity[varies] = 2 - varying.diversity - 2 * varying.sample_correlation
     by_metric = {
         "intensity": metrics.sample_intensity,
@@ -346,6 +381,8 @@ def _contributions(
         "diversity": diversity,
         "loss": loss,
     }
+    if varying is not None and np.isnan(varying.sample_correlation).all():
+        del by_metric["diversity"]
     return Contributions(by_metric, metrics.sample_histogram)
 
 

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -52,24 +52,47 @@ def whole_file(path: Path) -> Iterator[Path]:
 def reserve_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """An .npy file of zeros whose bytes are already allocated on the disk."""
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        )
+        _write_header(file, shape, dtype)
         file.flush()
         size = file.tell() + int(np.prod(shape)) * dtype.itemsize
-        disk = os.statvfs(path.parent)
-        free = disk.f_bavail * disk.f_frsize
+        require_space(path.parent, size)
         try:
-            if free < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            raise EaptkError(
-                f"the rows of {path.parent} need {size} bytes and its disk has {free} free; "
-                f"free some, choose a folder on another disk, or halve them with row dtype float16"
-            ) from error
+            raise _too_small(path.parent, size) from error
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raises EaptkError if the folder's disk has fewer bytes free."""
+    if _free(folder) < size:
+        raise _too_small(folder, size)
+
+
+def _free(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _too_small(folder: Path, size: int) -> EaptkError:
+    return EaptkError(
+        f"the rows of {folder} need {size} bytes and its disk has {_free(folder)} free; "
+        f"free some, choose a folder on another disk, or store less with row dtype float16 or metrics only"
+    )
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an .npy file, whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        _write_header(file, array.shape, array.dtype)
+        # Not np.save: its error on a full disk does not say that the disk is full.
+        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
 
 
 def check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

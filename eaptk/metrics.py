@@ -14,12 +14,14 @@ Definitions of arXiv 2509.21044. Its own numbers count the structural zeros of t
 matrix as well (``dense=True`` here): they are merged into the moments and bin 0, no matrix is ever formed.
 
 The diversity needs no Gram matrix: with z_i the centred row of unit length and S = Σ_i z_i, the mean
-correlation is (|S|² − n) / (n(n − 1)).
+correlation is (|S|² − n) / (n(n − 1)). So a run that keeps statistics in place of its rows has the same metrics;
+what it lacks is said at `Metrics`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +31,7 @@ import numpy.typing as npt
 
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
+from eaptk.statistics import DEFAULT_BINS, Histogram, Statistics
 from eaptk.sweep import (
     Backend,
     Doubles,
@@ -44,8 +47,6 @@ from eaptk.sweep import (
 #: Headline metrics, in the order they are reported.
 METRICS = ("intensity", "complexity", "kurtosis", "diversity")
 
-DEFAULT_BINS = 100
-
 
 class ScoredRun(Protocol):
     """What is measured of a run; `eaptk.Run` is one."""
@@ -58,11 +59,18 @@ class ScoredRun(Protocol):
     def scores(self) -> npt.NDArray[Any]: ...
     @property
     def done(self) -> npt.NDArray[np.uint8]: ...
+    @property
+    def histogram(self) -> Histogram | None: ...
+    @property
+    def statistics(self) -> Statistics | None: ...
 
 
 @dataclass(frozen=True)
 class Metrics:
     """The metrics of a run, or of some of its samples and edges; see the module for definitions.
+
+    A run without rows has no `sample_correlation`, and of a part of its finished samples no `diversity`,
+    `strength`, `source_entropy` and `output_entropy`: these are None or NaN there.
 
     Args:
         dense: whether structural zeros are counted.
@@ -123,7 +131,7 @@ def measure(
     rows: npt.ArrayLike | None = None,
     columns: npt.ArrayLike | None = None,
     dense: bool = False,
-    bins: int = DEFAULT_BINS,
+    bins: int | None = None,
     upper: float | None = None,
     log_base: float = math.e,
     backend: Backend = "native",
@@ -135,28 +143,36 @@ def measure(
         columns: indices or a boolean mask of edges; None for all.
         dense: count structural zeros too: all pairs of a source and a destination that are no edge, among
             the sources and the destinations that `columns` touches.
-        bins, upper: the histogram's; `upper` None for the largest |W| measured. Entropies of two
-            measurements compare only if both are the same.
+        bins, upper: the histogram's; None for 100 and the largest |W| measured, or for those that a run
+            without rows was scored with. Entropies of two measurements compare only if both are the same.
         log_base: of the entropies.
         backend: see `eaptk.sweep`.
 
     Raises:
-        EaptkError: nothing to measure, a score is NaN or infinite, or all scores are 0 and `upper` is None.
+        EaptkError: nothing to measure, a score is NaN or infinite, all scores are 0 and `upper` is None; or a
+            run without rows is asked for some of its edges, or for another histogram than its own.
     """
     if not (log_base > 0 and log_base != 1 and math.isfinite(log_base)):
         raise EaptkError(f"log_base is {log_base}; it must be positive and not 1")
-    row_index, n_unfinished = _finished(run, rows)
+    kept = run.statistics
+    row_index, n_unfinished = _finished(run.path, run.done if kept is None else kept.done, rows)
     column_index = _edge_columns(run.graph, columns)
-    scores = run.scores
-    selection = None if columns is None else column_index
+    bins, upper = agreed_histogram([run], bins, upper)
+    source: _Rows | _Summaries
+    if kept is None:
+        source = _Rows(run.scores, row_index, None if columns is None else column_index, backend)
+    elif columns is None:
+        source = _Summaries(kept, row_index, dense)
+    else:
+        raise EaptkError(f"run {run.path} keeps no rows, so no part of its edges can be measured")
     if upper is None:
-        upper = float(sweep(scores, row_index, selection, backend=backend).max_abs.max())
+        upper = float(source.sweep().max_abs.max())
         if upper == 0:
             raise EaptkError(
                 f"every score of {run.path} that was selected is 0; give the histogram an upper end"
             )
     n_zeros = _structural_zeros(run.graph, column_index) if dense else 0
-    swept = sweep(scores, row_index, selection, bins=bins, upper=upper, backend=backend).with_zeros(n_zeros)
+    swept = source.sweep(bins, upper).with_zeros(n_zeros)
     assert swept.histogram is not None
     assert swept.above is not None
     if not swept.histogram.any():
@@ -168,9 +184,8 @@ def measure(
     varies = swept.min < swept.max
     kurtosis = np.full(n, np.nan)
     kurtosis[varies] = swept.m4[varies] / swept.m2[varies] ** 2 - 3
-    correlation = _mean_correlations(scores, row_index, selection, swept, varies, backend)
-    uniform = np.full((1, n), 1 / n)
-    strength = weighted_column_sums(scores, uniform, row_index, selection, absolute=True, backend=backend)[0]
+    correlation, mean_correlation = source.correlations(swept, varies)
+    strength = source.strength()
     source_entropy = _source_entropies(run.graph, column_index, strength, log_base)
     has_strength = ~np.isnan(source_entropy)
     sample_intensity = swept.sum_abs / swept.count
@@ -187,7 +202,7 @@ def measure(
         intensity=float(sample_intensity.mean()),
         complexity=float(entropy(swept.histogram.sum(0), log_base)),
         kurtosis=float(kurtosis[varies].mean()) if varies.any() else None,
-        diversity=float(1 - correlation[varies].mean()) if varies.sum() >= 2 else None,
+        diversity=None if mean_correlation is None else 1 - mean_correlation,
         output_entropy=float(source_entropy[has_strength].mean()) if has_strength.any() else None,
         rows=row_index,
         columns=column_index,
@@ -211,27 +226,85 @@ def entropy(weights: npt.ArrayLike, log_base: float = math.e) -> Doubles:
     return result
 
 
-def _mean_correlations(
-    scores: Scores,
-    rows: Integers,
-    columns: Integers | None,
-    swept: Sweep,
-    varies: npt.NDArray[np.bool_],
-    backend: Backend,
-) -> Doubles:
-    """[n]: each sample's mean correlation with the others that vary; NaN for constant ones and a lone one."""
-    result = np.full(len(rows), np.nan)
-    n = int(varies.sum())
-    if n < 2:
-        return result
-    rows = rows[varies]
-    length = np.sqrt(swept.m2 * swept.count)[varies]
-    centre = (swept.mean[varies] / length).sum()
-    total = weighted_column_sums(scores, 1 / length[None], rows, columns, backend=backend)[0] - centre
-    # All entries of S, those of structural zeros included, sum to 0: W_i need not be centred for z_i·S, and
-    # its zeros contribute nothing.
-    result[varies] = (row_dots(scores, total, rows, columns, backend=backend) / length - 1) / (n - 1)
-    return result
+def agreed_histogram(
+    runs: Sequence[ScoredRun], bins: int | None, upper: float | None
+) -> tuple[int, float | None]:
+    """`bins` and `upper` for all of `runs`: as given, else as runs without rows were scored with, else 100 and None.
+
+    Raises:
+        EaptkError: a run without rows was scored with others.
+    """
+    for run in runs:
+        if (kept := run.histogram) is None:
+            continue
+        if bins not in (None, kept.bins) or upper not in (None, kept.upper):
+            asked = f"{kept.bins if bins is None else bins} on [0, {kept.upper if upper is None else upper}]"
+            raise EaptkError(
+                f"run {run.path} keeps no rows, only counts in {kept.bins} bins on [0, {kept.upper}], which "
+                f"cannot become {asked}; score it again with those"
+            )
+        bins, upper = kept.bins, kept.upper
+    return DEFAULT_BINS if bins is None else bins, upper
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows and columns (None for all) of a run's scores, and what is measured of them."""
+
+    scores: Scores
+    rows: Integers
+    columns: Integers | None
+    backend: Backend
+
+    def sweep(self, bins: int | None = None, upper: float | None = None) -> Sweep:
+        return sweep(self.scores, self.rows, self.columns, bins=bins, upper=upper, backend=self.backend)
+
+    def strength(self) -> Doubles:
+        """[e]: mean |W| of each edge."""
+        uniform = np.full((1, len(self.rows)), 1 / len(self.rows))
+        return self._column_sums(self.rows, uniform, absolute=True)
+
+    def correlations(self, swept: Sweep, varies: npt.NDArray[np.bool_]) -> tuple[Doubles, float | None]:
+        """[n]: each sample's mean correlation with the others that vary, NaN for constant ones and a lone one.
+
+        And their mean.
+        """
+        result = np.full(len(self.rows), np.nan)
+        n = int(varies.sum())
+        if n < 2:
+            return result, None
+        rows = self.rows[varies]
+        length = np.sqrt(swept.m2 * swept.count)[varies]
+        centre = (swept.mean[varies] / length).sum()
+        total = self._column_sums(rows, 1 / length[None]) - centre
+        # All entries of S, those of structural zeros included, sum to 0: W_i need not be centred for z_i·S, and
+        # its zeros contribute nothing.
+        dots = row_dots(self.scores, total, rows, self.columns, backend=self.backend)
+        result[varies] = (dots / length - 1) / (n - 1)
+        return result, float(result[varies].mean())
+
+    def _column_sums(self, rows: Integers, weights: Doubles, absolute: bool = False) -> Doubles:
+        return weighted_column_sums(
+            self.scores, weights, rows, self.columns, absolute=absolute, backend=self.backend
+        )[0]
+
+
+@dataclass(frozen=True)
+class _Summaries:
+    """Some samples of a run without rows, and the same as of rows, as far as sums over samples give it."""
+
+    kept: Statistics
+    rows: Integers
+    dense: bool
+
+    def sweep(self, bins: int | None = None, upper: float | None = None) -> Sweep:
+        return self.kept.sweep(self.rows)
+
+    def strength(self) -> Doubles:
+        return self.kept.strength(self.rows)
+
+    def correlations(self, swept: Sweep, varies: npt.NDArray[np.bool_]) -> tuple[Doubles, float | None]:
+        return np.full(len(self.rows), np.nan), self.kept.mean_correlation(self.rows, self.dense)
 
 
 def _source_entropies(graph: Graph, columns: Integers, strength: Doubles, log_base: float) -> Doubles:
@@ -247,9 +320,9 @@ def _structural_zeros(graph: Graph, columns: Integers) -> int:
     return int(len(sources) * len(reach) - edges)
 
 
-def _finished(run: ScoredRun, rows: npt.ArrayLike | None) -> tuple[Integers, int]:
+def _finished(path: Path, done: npt.NDArray[Any], rows: npt.ArrayLike | None) -> tuple[Integers, int]:
     """The rows to measure, and how many of those asked for are not done."""
-    done = np.asarray(run.done) == 1
+    done = np.asarray(done) == 1
     wanted = np.arange(len(done)) if rows is None else indices(rows, len(done), "sample")
     if not len(wanted):
         raise EaptkError("no sample is selected; there is nothing to measure")
@@ -257,7 +330,7 @@ def _finished(run: ScoredRun, rows: npt.ArrayLike | None) -> tuple[Integers, int
         raise EaptkError("a sample is selected twice; its correlation with itself would count as similarity")
     finished = wanted[done[wanted]]
     if not len(finished):
-        raise EaptkError(f"no row of {run.path} that was selected is done; score it first")
+        raise EaptkError(f"no row of {path} that was selected is done; score it first")
     return finished, len(wanted) - len(finished)
 
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -37,6 +37,7 @@ from eaptk.loading import (
     weights_fingerprint,
 )
 from eaptk.losses import LOSSES, LossFunction, LossName
+from eaptk.statistics import DEFAULT_BINS, Histogram, summarise
 from eaptk.store import Run, RunWriter
 
 #: What a run can score: the losses of `attribute`, and the model's own answers.
@@ -62,6 +63,9 @@ def score(
     max_new_tokens: int = 256,
     tokens_per_batch: int = 2048,
     row_dtype: RowDtype = "float32",
+    metrics_only: bool = False,
+    bins: int | None = None,
+    upper: float | None = None,
     limit: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -89,6 +93,12 @@ def score(
         tokens_per_batch: padding included; the dial between memory and speed. A resume must repeat it
             once a row is done; until then it may change, and answers that are there are kept.
         row_dtype: of scores.npy.
+        metrics_only: keep no rows, only what `eaptk.measure` and `eaptk.compare` need of them
+            (see `eaptk.statistics`): some hundred bytes a sample, whatever the number of edges.
+        bins, upper: for `metrics_only`: equal bins of |W| on [0, upper], as nothing can be counted anew later.
+            `bins` is 100 by default; `upper` must be given, the same for all runs that are to be compared. The
+            histogram range that `eaptk metrics` shows for a few dozen samples scored with rows is a guide;
+            what lies above is counted.
         limit: use only this many records of the dataset.
         dtype, device, attention: as for `load_model`, for a model that is loaded here.
         progress: show a bar on standard error, if that is a terminal.
@@ -100,6 +110,7 @@ def score(
         EaptkError: anything the user can put right, before the first row where it can be known by then.
     """
     _check_options(ablation, loss, row_dtype, tokens_per_batch, max_new_tokens, cut)
+    histogram = _histogram(metrics_only, bins, upper, row_dtype)
     if isinstance(model, nn.Module) and (dtype or device or attention):
         raise EaptkError(
             "dtype, device and attention are for a model given by name; this one is loaded already"
@@ -133,6 +144,7 @@ def score(
         "max_new_tokens": n_new if loss == "self_nll" else None,
         "tokens_per_batch": tokens_per_batch,
         "row_dtype": row_dtype,
+        "metrics_only": None if histogram is None else asdict(histogram),
         "versions": {"eaptk": eaptk.__version__, "torch": torch.__version__, "transformers": _transformers()},
         "provenance": _provenance(dataset),
     }
@@ -141,7 +153,7 @@ def score(
             samples = _answered(loaded, samples, writer, n_new, tokens_per_batch, progress)
         elif not writer.begun:
             writer.begin(samples_table(samples))
-        _score_rows(loaded, samples, graph, writer, ablation, loss, tokens_per_batch, progress)
+        _score_rows(loaded, samples, graph, writer, ablation, loss, tokens_per_batch, histogram, progress)
         writer.finish()
     return Run.open(out)
 
@@ -154,6 +166,7 @@ def _score_rows(
     ablation: Ablation,
     loss: RunLoss,
     tokens_per_batch: int,
+    histogram: Histogram | None,
     progress: bool,
 ) -> None:
     lengths = [sample.n_tokens for sample in samples]
@@ -184,7 +197,8 @@ def _score_rows(
                 ) from error
             scores = found.rows.to(row_dtype)
             _check_range(scores, batch.names, graph)
-            writer.write(rows, scores.numpy(), found.loss.double().numpy())
+            kept = scores.numpy() if histogram is None else summarise(scores, graph, histogram)
+            writer.write(rows, kept, found.loss.double().numpy())
             advance(sum(lengths[row] for row in rows))
 
 
@@ -265,6 +279,26 @@ def _check_options(
         raise EaptkError(
             f"loss 'kl' compares with a corrupted run; use it with ablation 'patching', not {ablation!r}"
         )
+
+
+def _histogram(
+    metrics_only: bool, bins: int | None, upper: float | None, row_dtype: RowDtype
+) -> Histogram | None:
+    if not metrics_only:
+        if bins is not None or upper is not None:
+            raise EaptkError(
+                "bins and range are for a run of metrics only; one with rows is counted when it is measured"
+            )
+        return None
+    if row_dtype != "float32":
+        raise EaptkError(f"row_dtype {row_dtype!r} is for rows, and a run of metrics only stores none")
+    if upper is None:
+        raise EaptkError(
+            "metrics only needs a range, as rows that are not kept cannot be counted anew: score some samples "
+            "with rows (limit 64), see the histogram range that `eaptk metrics` finds, and give one with room "
+            "to spare, the same for all runs to be compared"
+        )
+    return Histogram(DEFAULT_BINS if bins is None else bins, upper)
 
 
 def _check_samples(samples: Sequence[Sample], ablation: str, loss: Any) -> None:

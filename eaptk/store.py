@@ -1,10 +1,16 @@
-"""The run directory: memory-mapped score rows that any tool reads, and that survive being killed.
+"""The run directory: memory-mapped arrays that any tool reads, and that survive being killed.
 
     manifest.json     what was run: schema, model, tokenizer, dataset, graph, method, row dtype, versions
     edges.parquet     one row an edge: column, source, destination, source_layer, destination_layer
     samples.parquet   one row a sample: id, group, token counts and ids, user columns; `loss` once complete
     scores.npy        [n_samples, n_edges] float32 or float16, C order
     done.npy          [n_samples] uint8: 1 where the row is complete and on disk
+
+or, in place of the last two, what the metrics need of the rows (see `eaptk.statistics`):
+
+    moments.npy       [n_samples, 7] float64: Σ|w|, Σw, m2, m3, m4, min, max of each sample's row
+    histogram.npy     [n_samples, bins] uint32: |w| in equal bins; what is missing to n_edges lies above them
+    pooled.npy        sums [4, n_edges] over the samples that are done, and done [n_samples]
 
 A run with mean ablation keeps its means.safetensors. While a run is going there are also ``loss.npy``
 [n_samples] float64 (folded into samples.parquet at the end) and, for answers of the model's own,
@@ -13,10 +19,12 @@ A run with mean ablation keeps its means.safetensors. While a run is going there
 What makes every moment a safe one to be killed in:
 
 - a file appears under its name only when it is whole (temporary file, fsync, rename);
-- ``done.npy`` appears last of all, so a directory without it holds nothing worth keeping but answers;
+- ``done.npy`` (or ``pooled.npy``) appears last of all: a directory without it holds nothing worth keeping but
+  answers;
 - the space of all rows is reserved before anything else is written, so a disk too small fails at the start;
 - a row and its loss are written and synced before the row is marked done, and rows are written with
   pwrite: a full disk is then an error, where a write through a memory map would be a fatal signal;
+- pooled sums and which samples they hold change together, in one rename;
 - samples.parquet with the losses replaces the one without before loss.npy goes; doing that twice is harmless.
 """
 
@@ -38,19 +46,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from eaptk.content import FILES, Rows, SampleArray, Summaries
 from eaptk.errors import EaptkError
-from eaptk.files import (
-    DAMAGED,
-    check_array,
-    explained,
-    map_array,
-    pwrite,
-    read_table,
-    reserve_array,
-    whole_file,
-    write_table,
-)
+from eaptk.files import DAMAGED, explained, read_table, whole_file, write_table
 from eaptk.graph import Graph
+from eaptk.statistics import Histogram, Statistics, Summary
+from eaptk.sweep import Doubles, weighted_column_sums
 
 SCHEMA = 1
 
@@ -58,7 +59,7 @@ SCHEMA = 1
 _UNMATCHED = ("provenance", "model.id")
 
 #: Keys that say nothing of the model's own answers: while no row is done these may change and answers are kept.
-_NO_MATTER_TO_ANSWERS = ("tokens_per_batch", "graph", "ablation", "row_dtype")
+_NO_MATTER_TO_ANSWERS = ("tokens_per_batch", "graph", "ablation", "row_dtype", "metrics_only")
 
 #: Syncing to disk may take this share of a run's time; rows wait in the page cache until a commit is due.
 _COMMIT_SHARE = 0.05
@@ -71,7 +72,7 @@ class Run:
     Args:
         path: the directory.
         manifest: the content of manifest.json.
-        graph: the graph the columns of `scores` belong to.
+        graph: the graph whose edges were scored, in the order of the columns of `scores`.
     """
 
     path: Path
@@ -92,11 +93,12 @@ class Run:
             raise EaptkError(
                 f"{path} is not a run (no manifest.json); `eaptk score … --out {path}` makes one"
             )
-        if not (path / "done.npy").exists():
-            raise EaptkError(f"run {path} has no row yet; repeat the score command that made it")
         run = cls(path, manifest, Graph.from_dict(manifest["graph"]))
+        if not run._content.begun:
+            raise EaptkError(f"run {path} has no row yet; repeat the score command that made it")
         # A broken file is refused here, not in the middle of an analysis.
-        _ = run.scores, run.done, run.samples
+        run._content.check()
+        _ = run.samples
         return run
 
     @property
@@ -109,15 +111,46 @@ class Run:
         return bool(self.done.all())
 
     @cached_property
+    def _content(self) -> Rows | Summaries:
+        return _layout(self.path, self.manifest)[2]
+
+    @cached_property
     def scores(self) -> npt.NDArray[Any]:
-        """[n_samples, n_edges], memory-mapped and read-only; rows that are not `done` are meaningless."""
-        shape = (self.n_samples, self.graph.n_edges)
-        return map_array(self.path / "scores.npy", shape, np.dtype(self.manifest["row_dtype"]))
+        """[n_samples, n_edges], memory-mapped and read-only; rows that are not `done` are meaningless.
+
+        Raises:
+            EaptkError: the run keeps no rows, as it was scored for metrics only.
+        """
+        if isinstance(self._content, Summaries):
+            raise EaptkError(
+                f"run {self.path} keeps no rows, only statistics for metrics; "
+                f"score it again without metrics-only, into another folder"
+            )
+        return self._content.read()
+
+    @property
+    def histogram(self) -> Histogram | None:
+        """The bins a run without rows was counted in; None for one with rows, which any bins can count."""
+        return _histogram(self.manifest)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What a run without rows keeps, as of now; None for a run with rows."""
+        return self._content.read() if isinstance(self._content, Summaries) else None
 
     @property
     def done(self) -> npt.NDArray[np.uint8]:
         """[n_samples]: 1 where the row is complete, as of now."""
-        return np.array(map_array(self.path / "done.npy", (self.n_samples,), np.dtype(np.uint8)))
+        return self._content.done
+
+    def edge_means(self) -> tuple[Doubles, Doubles]:
+        """[n_edges] each: mean |W| and mean W over the samples that are done, of which there must be one."""
+        if (kept := self.statistics) is not None:
+            return kept.means()
+        rows = np.flatnonzero(self.done)
+        uniform = np.full((1, len(rows)), 1 / len(rows))
+        absolute = weighted_column_sums(self.scores, uniform, rows, absolute=True)[0]
+        return absolute, weighted_column_sums(self.scores, uniform, rows)[0]
 
     @property
     def samples(self) -> pa.Table:
@@ -132,12 +165,13 @@ class Run:
     def loss(self) -> npt.NDArray[np.float64]:
         """[n_samples]: the loss whose edges were scored; NaN where the row is not done."""
         done = self.done
-        if (self.path / "loss.npy").exists():
-            loss = np.array(map_array(self.path / "loss.npy", (self.n_samples,), np.dtype(np.float64)))
+        losses = _losses(self.path, self.n_samples)
+        if losses.path.exists():
+            loss = np.array(losses.map())
         else:
             samples = self.samples
             if "loss" not in samples.column_names:
-                raise EaptkError(f"{self.path / 'loss.npy'} is missing; {DAMAGED}")
+                raise EaptkError(f"{losses.path} is missing; {DAMAGED}")
             loss = samples["loss"].to_numpy()
         return np.where(done == 1, loss, np.nan)
 
@@ -148,15 +182,15 @@ class RunWriter:
         with RunWriter(path, manifest) as writer:
             if not writer.begun:
                 writer.begin(samples)
-            writer.write(rows, scores, loss)        # any order, any number of times
+            writer.write(rows, entries, loss)       # any number of times
             writer.finish()
 
     Leaving the context commits what was written, after an error too.
 
     Args:
         path: the directory; made if it is not there.
-        manifest: what is to be run, without ``schema``. Keys the store reads: ``graph``, ``row_dtype`` and
-            ``dataset.samples``.
+        manifest: what is to be run, without ``schema``. Keys the store reads: ``graph``, ``row_dtype``,
+            ``dataset.samples`` and, for a run that keeps no rows, ``metrics_only``: its histogram.
 
     Raises:
         EaptkError: another process is writing the run; the directory holds finished rows of a run with
@@ -167,9 +201,9 @@ class RunWriter:
     def __init__(self, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.manifest = {"schema": SCHEMA, **manifest}
-        self.graph, self.n_samples, self._dtype = _layout(self.manifest)
+        self.graph, self.n_samples, self._content = _layout(self.path, self.manifest)
+        self._loss = _losses(self.path, self.n_samples)
         self._open_files = contextlib.ExitStack()
-        self._pending: list[int] = []
         self._commit_due = 0.0
 
     def __enter__(self) -> RunWriter:
@@ -202,15 +236,12 @@ class RunWriter:
     @property
     def begun(self) -> bool:
         """Whether the samples are fixed and rows may be written."""
-        return (self.path / "done.npy").exists()
+        return self._content.begun
 
     @property
     def done(self) -> npt.NDArray[np.bool_]:
         """[n_samples]: rows that are committed."""
-        done: npt.NDArray[np.bool_] = (
-            map_array(self.path / "done.npy", (self.n_samples,), np.dtype(np.uint8)) == 1
-        )
-        return done
+        return self._content.done == 1
 
     def answers(self) -> dict[int, list[int]]:
         """Answers kept so far by `keep_answers`: row to token ids."""
@@ -241,42 +272,36 @@ class RunWriter:
         """Fix the samples; from here on rows may be written."""
         with explained(self.path):
             write_table(self.path / "samples.parquet", samples)
-            with whole_file(self.path / "done.npy") as temporary:
-                reserve_array(temporary, (self.n_samples,), np.dtype(np.uint8))
+            self._content.begin()
         self._open_arrays()
 
-    def write(self, rows: Sequence[int], scores: npt.NDArray[Any], loss: npt.NDArray[np.float64]) -> None:
-        """Write finished rows; they count as done from the next commit on.
+    def write(self, rows: Sequence[int], entries: npt.NDArray[Any] | Summary, loss: Doubles) -> None:
+        """Write what is kept of finished rows; they count as done from the next commit on.
 
         Args:
-            rows: [B] row numbers.
-            scores: [B, n_edges], of the run's row dtype.
+            rows: [B] row numbers. For a run without rows the order of batches is that of its sums: the same
+                again gives the same bytes.
+            entries: the rows' scores [B, n_edges], of the run's row dtype; or a summary of them, for a run
+                without rows.
             loss: [B].
+
+        Raises:
+            ValueError: `entries` or `loss` are not what is kept of so many samples.
         """
-        expected = (len(rows), self.graph.n_edges)
-        if scores.shape != expected or scores.dtype != self._dtype or len(loss) != len(rows):
-            found = f"scores are {scores.dtype} {scores.shape}, losses {loss.shape}"
-            raise ValueError(f"{found}; expected {self._dtype} {expected}")
         with explained(self.path):
-            for row, values, value in zip(rows, np.ascontiguousarray(scores), loss, strict=True):
-                pwrite(self._scores, values.tobytes(), self._scores_at + row * values.nbytes)
-                pwrite(self._loss, np.float64(value).tobytes(), self._loss_at + row * 8)
-        self._pending += rows
+            self._loss.write(rows, loss)
+            self._content.write(rows, entries)  # type: ignore[arg-type]
         if time.monotonic() >= self._commit_due:
             self.commit()
 
     def commit(self) -> None:
         """Sync what was written to disk, then mark it done."""
-        if not self._pending:
+        if not self._content.pending:
             return
         started = time.monotonic()
         with explained(self.path):
-            os.fdatasync(self._scores)
-            os.fdatasync(self._loss)
-            for row in self._pending:
-                pwrite(self._done, b"\1", self._done_at + row)
-            os.fdatasync(self._done)
-        self._pending.clear()
+            self._loss.sync()
+            self._content.commit()
         finished = time.monotonic()
         self._commit_due = finished + (finished - started) / _COMMIT_SHARE
 
@@ -286,15 +311,14 @@ class RunWriter:
         if not self.done.all():
             raise ValueError(f"{(~self.done).sum()} rows of {self.path} were never written")
         (self.path / "answers.jsonl").unlink(missing_ok=True)
-        losses = self.path / "loss.npy"
-        if losses.exists():
-            loss = np.array(map_array(losses, (self.n_samples,), np.dtype(np.float64)))
+        if self._loss.path.exists():
+            loss = np.array(self._loss.map())
             table = read_table(self.path / "samples.parquet")
             if "loss" in table.column_names:
                 table = table.drop_columns(["loss"])
             with explained(self.path):
                 write_table(self.path / "samples.parquet", table.append_column("loss", pa.array(loss)))
-                losses.unlink()
+                self._loss.path.unlink()
 
     def _lock(self) -> None:
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -332,34 +356,22 @@ class RunWriter:
 
     def _create(self) -> None:
         """Lay out a run with no rows. What is there holds no finished row, so all but answers may go."""
-        shape = (self.n_samples, self.graph.n_edges)
         with explained(self.path):
-            for name in ("done.npy", "scores.npy", "loss.npy", "means.safetensors", "samples.parquet"):
+            for name in (*FILES, "loss.npy", "means.safetensors", "samples.parquet"):
                 (self.path / name).unlink(missing_ok=True)
-            with whole_file(self.path / "scores.npy") as temporary:
-                reserve_array(temporary, shape, self._dtype)
+            with contextlib.ExitStack() as files:
+                for array in (*self._content.arrays, self._loss):
+                    array.reserve(files.enter_context(whole_file(array.path)))
                 with whole_file(self.path / "manifest.json") as manifest:
                     manifest.write_text(json.dumps(self.manifest, indent=2) + "\n")
-            with whole_file(self.path / "loss.npy") as temporary:
-                reserve_array(temporary, (self.n_samples,), np.dtype(np.float64))
             edges = pa.Table.from_pandas(self.graph.to_frame(), preserve_index=False)
             write_table(self.path / "edges.parquet", edges.replace_schema_metadata(None))
 
     def _open_arrays(self) -> None:
-        n = self.n_samples
-        self._scores, self._scores_at = self._open("scores.npy", (n, self.graph.n_edges), self._dtype)
-        self._done, self._done_at = self._open("done.npy", (n,), np.dtype(np.uint8))
-        if not self.done.all():
-            self._loss, self._loss_at = self._open("loss.npy", (n,), np.dtype(np.float64))
-
-    def _open(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int]:
-        """File descriptor and the byte at which the array's data starts."""
-        path = self.path / name
-        offset = check_array(path, shape, dtype)
         with explained(self.path):
-            descriptor = os.open(path, os.O_RDWR)
-        self._open_files.callback(os.close, descriptor)
-        return descriptor, offset
+            self._content.open(self._open_files)
+            if not self.done.all():
+                self._loss.open(self._open_files)
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -379,7 +391,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
             f"use the eaptk that wrote it, or score again into another folder"
         )
     try:
-        _layout(manifest)
+        _layout(path, manifest)
     except KeyError as error:
         raise EaptkError(f"{file} is damaged: it has no {error}; {DAMAGED}") from error
     except (TypeError, ValueError, EaptkError) as error:
@@ -387,18 +399,27 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _layout(manifest: Mapping[str, Any]) -> tuple[Graph, int, np.dtype[Any]]:
-    """What the sizes of a run's files follow from: its graph, number of samples and row dtype."""
-    return (
-        Graph.from_dict(manifest["graph"]),
-        int(manifest["dataset"]["samples"]),
-        np.dtype(manifest["row_dtype"]),
-    )
+def _layout(path: Path, manifest: Mapping[str, Any]) -> tuple[Graph, int, Rows | Summaries]:
+    """What a manifest says of a run's files: graph, number of samples, and what is kept of each."""
+    graph, n_samples = Graph.from_dict(manifest["graph"]), int(manifest["dataset"]["samples"])
+    dtype, histogram = np.dtype(manifest["row_dtype"]), _histogram(manifest)
+    if histogram is None:
+        return graph, n_samples, Rows(path, graph, n_samples, dtype)
+    return graph, n_samples, Summaries(path, graph, n_samples, histogram)
+
+
+def _histogram(manifest: Mapping[str, Any]) -> Histogram | None:
+    kept = manifest.get("metrics_only")
+    return None if kept is None else Histogram(**kept)
+
+
+def _losses(path: Path, n_samples: int) -> SampleArray:
+    return SampleArray(path / "loss.npy", (n_samples,), np.float64)
 
 
 def _has_finished_rows(path: Path, manifest: Mapping[str, Any]) -> bool:
-    done, n_samples = path / "done.npy", int(manifest["dataset"]["samples"])
-    return done.exists() and bool(map_array(done, (n_samples,), np.dtype(np.uint8)).any())
+    content = _layout(path, manifest)[2]
+    return content.begun and bool(content.done.any())
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:

@@ -118,7 +118,7 @@ def sweep(
         EaptkError: an argument does not fit, or a selected score is NaN or infinite (it is named).
     """
     scores, row_index, column_index = _select(scores, rows, columns)
-    edges = _bin_edges(bins, upper)
+    edges = bin_edges(bins, upper)
     if backend == "numpy":
         result = _sweep_numpy(scores, row_index, column_index, edges)
     else:
@@ -281,7 +281,12 @@ def indices(selection: npt.ArrayLike, length: int, what: str) -> Integers:
     return array
 
 
-def _bin_edges(bins: int | None, upper: float | None) -> Doubles | None:
+def bin_edges(bins: int | None, upper: float | None) -> Doubles | None:
+    """[bins + 1] edges of equal bins on [0, upper]; None for no histogram.
+
+    Raises:
+        EaptkError: one is given without the other, or they are out of bounds.
+    """
     if (bins is None) != (upper is None):
         raise EaptkError("a histogram needs both bins and upper")
     if bins is None or upper is None:

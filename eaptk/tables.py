@@ -15,7 +15,6 @@ from eaptk.files import DAMAGED
 from eaptk.graph import Graph
 from eaptk.identities import Check
 from eaptk.store import Run
-from eaptk.sweep import weighted_column_sums
 
 
 def run_facts(run: Run) -> Table:
@@ -37,6 +36,8 @@ def run_facts(run: Run) -> Table:
     graph, done, samples = run.graph, run.done == 1, run.samples
     n_prompt, n_answer = (int(sum(samples[f"n_{part}_tokens"].to_pylist())) for part in ("prompt", "answer"))
     cut = f", cut {fact('cut')}" if fact("cut") else ""
+    kept = run.histogram
+    stored = fact("row_dtype") if kept is None else f"metrics only: {kept.bins} bins on [0, {kept.upper:g}]"
     facts = {
         "model": f"{fact('model', 'id')} ({fact('model', 'type')}, {fact('model', 'dtype')})",
         "weights": fact("model", "weights"),
@@ -44,7 +45,7 @@ def run_facts(run: Run) -> Table:
         "graph": f"{graph.granularity}, q/k/v {graph.qkv}",
         "edges": f"{graph.n_edges:,} ({graph.n_sources} sources, {graph.n_destinations} destinations)",
         "method": f"{fact('ablation')} ablation, loss {fact('loss')}{cut}",
-        "rows": f"{done.sum():,} of {run.n_samples:,} done, {fact('row_dtype')}",
+        "rows": f"{done.sum():,} of {run.n_samples:,} done, {stored}",
         "tokens": f"{n_prompt:,} of prompts, {n_answer:,} of answers",
         **({"mean loss": f"{run.loss[done].mean():.6g}"} if done.any() else {}),
         "command": fact("provenance", "command"),
@@ -60,10 +61,7 @@ def run_facts(run: Run) -> Table:
 
 def strongest_edges(run: Run, top: int) -> Table:
     """The `top` edges of the largest mean |W| over the rows that are done; there must be one."""
-    rows = np.flatnonzero(run.done)
-    mean = np.full((1, len(rows)), 1 / len(rows))
-    strength = weighted_column_sums(run.scores, mean, rows, absolute=True)[0]
-    signed = weighted_column_sums(run.scores, mean, rows)[0]
+    strength, signed = run.edge_means()
     table = _table("strongest edges")
     table.add_column("edge")
     table.add_column("mean |W|", justify="right")

@@ -35,6 +35,8 @@ class FakeRun:
     manifest: dict[str, Any] = field(default_factory=lambda: dict(MANIFEST))
     prompts: list[list[int]] = field(default=None)  # type: ignore[assignment]
     answers: list[list[int]] = field(default=None)  # type: ignore[assignment]
+    histogram: None = None
+    statistics: None = None
 
     def __post_init__(self) -> None:
         n = len(self.scores)

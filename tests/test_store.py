@@ -146,8 +146,9 @@ def test_a_row_is_on_disk_before_it_is_marked_done(tmp_path: Path, monkeypatch: 
         writer.write([1, 2], SCORES[[1, 2]], LOSS[[1, 2]])
         writer.commit()
     assert calls == [
-        *["pwrite scores.npy", "pwrite loss.npy"] * 2,
-        *["fdatasync scores.npy", "fdatasync loss.npy"],
+        *["pwrite loss.npy"] * 2,
+        *["pwrite scores.npy"] * 2,
+        *["fdatasync loss.npy", "fdatasync scores.npy"],
         *["pwrite done.npy"] * 2,
         "fdatasync done.npy",
     ]

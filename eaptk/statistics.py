@@ -1,0 +1,181 @@
+"""What the metrics need of a sample's row of scores, kept in the row's place.
+
+A row of E scores becomes seven moments and a histogram. What metrics need beyond a sample's own row are sums over
+samples, an entry an edge, and for whole runs they suffice: mean |W| of each edge, and, with z_i the centred row of
+unit length, S = Σ z_i, from which the mean correlation of all pairs follows exactly (see `eaptk.metrics`).
+
+What is lost: other bins or another range of the histogram (a count in bins of one kind says nothing certain of
+bins of another, however fine), some of the edges or of the samples, and each single sample's correlation with the
+others. That is refused or left out, never estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from eaptk.graph import Graph
+from eaptk.sweep import Doubles, Integers, Scores, Sweep, bin_edges, sweep, weighted_column_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_BINS = 100
+
+#: Moments of a row, fields of `Sweep`, in the order they are stored.
+MOMENTS = ("sum_abs", "sum", "m2", "m3", "m4", "min", "max")
+
+#: Sums over samples, [n_edges] each, in the order they are stored: Σ|w|, Σw, and Σ w/‖w − mean‖ over the samples
+#: whose scores vary, the length being that of the real edges or of the matrix with its structural zeros.
+SUMS = ("absolute", "signed", "unit", "unit_dense")
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """`bins` equal bins of |W| on [0, `upper`].
+
+    Raises:
+        EaptkError: `eaptk.sweep` cannot count in such bins.
+    """
+
+    bins: int
+    upper: float
+
+    def __post_init__(self) -> None:
+        bin_edges(self.bins, self.upper)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of a batch of B rows.
+
+    Args:
+        moments: [B, 7], see `MOMENTS`.
+        counts: [B, bins] uint32; what is missing to E lies above the range.
+        sums: [4, E], see `SUMS`.
+    """
+
+    moments: Doubles
+    counts: npt.NDArray[np.uint32]
+    sums: Doubles
+
+
+def summarise(scores: Tensor, graph: Graph, histogram: Histogram) -> Summary:
+    """What is kept of float32 score rows [B, n_edges], found on the device they are on.
+
+    Raises:
+        EaptkError: a score is NaN or infinite.
+    """
+    if scores.device.type == "cpu":
+        rows: Scores = scores.numpy()
+        swept = sweep(rows, bins=histogram.bins, upper=histogram.upper)
+        return _summary(swept, graph, partial(weighted_column_sums, rows))
+    return summarise_in_torch(scores, graph, histogram)
+
+
+def summarise_in_torch(scores: Tensor, graph: Graph, histogram: Histogram) -> Summary:
+    """The same by `eaptk.kernels`, for rows that should not leave their device."""
+    import torch
+
+    from eaptk.kernels import row_statistics
+
+    found = row_statistics(scores, histogram.bins, histogram.upper)
+    by_name = {name: value.cpu().numpy() for name, value in vars(found).items()}
+
+    def column_sums(weights: Doubles, absolute: bool = False) -> Doubles:
+        values = scores.abs() if absolute else scores
+        on_device = torch.from_numpy(weights).to(scores.device)
+        # A row at a time: the batch in float64 would be twice its size again.
+        sums = torch.zeros(len(weights), scores.shape[1], dtype=torch.float64, device=scores.device)
+        for row, weight in zip(values, on_device.T, strict=True):
+            sums.addr_(weight, row.double())
+        result: Doubles = sums.cpu().numpy()
+        return result
+
+    return _summary(Sweep(**by_name), graph, column_sums)
+
+
+def _summary(swept: Sweep, graph: Graph, column_sums: Callable[..., Doubles]) -> Summary:
+    assert swept.histogram is not None
+    dense = swept.with_zeros(n_structural_zeros(graph))
+    once = np.ones_like(swept.sum)
+    signed = np.stack([once, unit_weights(swept), unit_weights(dense)])
+    return Summary(
+        moments=np.stack([getattr(swept, name) for name in MOMENTS], axis=1),
+        counts=swept.histogram.astype(np.uint32),
+        sums=np.concatenate([column_sums(once[None], absolute=True), column_sums(signed)]),
+    )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """All that a run without rows knows, as of one moment.
+
+    Args:
+        graph: of the rows that were measured.
+        histogram: its bins.
+        done: [n_samples], which samples the sums hold; nothing else is known of the others.
+        moments: [n_samples, 7], see `MOMENTS`.
+        counts: [n_samples, bins] uint32.
+        sums: [4, n_edges], see `SUMS`.
+    """
+
+    graph: Graph
+    histogram: Histogram
+    done: npt.NDArray[np.bool_]
+    moments: Doubles
+    counts: npt.NDArray[np.uint32]
+    sums: Doubles
+
+    def sweep(self, rows: Integers) -> Sweep:
+        """What `eaptk.sweep.sweep` found in these rows."""
+        n_edges = self.graph.n_edges
+        counts = self.counts[rows].astype(np.int64)
+        moments = dict(zip(MOMENTS, np.ascontiguousarray(self.moments[rows].T), strict=True))
+        return Sweep(
+            count=np.full(len(rows), n_edges),
+            histogram=counts,
+            above=n_edges - counts.sum(1),
+            **moments,
+        )
+
+    def means(self) -> tuple[Doubles, Doubles]:
+        """[n_edges] each: mean |W| and mean W over the samples that are done."""
+        absolute, signed = self.sums[:2] / self.done.sum()
+        return absolute, signed
+
+    def strength(self, rows: Integers) -> Doubles:
+        """[n_edges]: mean |W| over `rows`, different ones that are done; NaN unless they are all of those."""
+        return self.means()[0] if len(rows) == self.done.sum() else np.full(self.graph.n_edges, np.nan)
+
+    def mean_correlation(self, rows: Integers, dense: bool) -> float | None:
+        """Over all pairs of `rows` whose scores vary.
+
+        None for fewer than two of those, and unless they are all that are done and vary.
+        """
+        finished = np.flatnonzero(self.done)
+        n_zeros = n_structural_zeros(self.graph) if dense else 0
+        swept = self.sweep(finished).with_zeros(n_zeros)
+        varies = swept.min < swept.max
+        n = int(varies.sum())
+        if n < 2 or not np.isin(finished[varies], rows).all():
+            return None
+        centre = (swept.mean * unit_weights(swept)).sum()
+        total = self.sums[SUMS.index("unit_dense" if dense else "unit")] - centre
+        return float((total @ total + n_zeros * centre**2 - n) / (n * (n - 1)))
+
+
+def unit_weights(swept: Sweep) -> Doubles:
+    """[n]: 1 / ‖w − mean‖ of each row, 0 for rows that do not vary."""
+    length = np.sqrt(swept.m2 * swept.count)
+    return np.divide(1.0, length, out=np.zeros_like(length), where=swept.min < swept.max)
+
+
+def n_structural_zeros(graph: Graph) -> int:
+    """Pairs of a source and a destination that are no edge."""
+    return graph.n_sources * graph.n_destinations - graph.n_edges
