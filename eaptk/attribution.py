@@ -9,7 +9,7 @@ arXiv 2310.10348), or the source's mean (``"mean"``). One forward and one backwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,8 +24,9 @@ from eaptk.batch import NO_TARGET, Batch
 from eaptk.capture import Capture, frozen
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
-from eaptk.kernels import contract
+from eaptk.kernels import Source, contract
 from eaptk.losses import LOSSES, LossFunction, LossName
+from eaptk.plan import Plan, Work, flush_cuts, free_memory
 from eaptk.sites import Sites
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def attribute(
     ablation: Ablation = "zero",
     loss: LossName | LossFunction = "nll",
     means: Mapping[str, Tensor] | None = None,
+    flush_layers: int | None = None,
+    checkpoint: bool | None = None,
 ) -> EdgeScores:
     """Scores of every edge of every sample of a batch.
 
@@ -95,6 +98,10 @@ def attribute(
             logit(target); ``"kl"``: KL to the clean run (patching only; as KL and its gradient vanish on the clean
             run, the gradient is taken on the corrupted one); or a callable (logits [B, T, V], batch) → [B].
         means: from `source_means`, for ablation ``"mean"``.
+        flush_layers: contract, and free, the gradients of about so many layers at a time while the backward pass
+            goes on; memory against speed, the scores are the same to the bit. None: what memory asks for (`Plan`).
+        checkpoint: keep of each layer its input alone, and run it again in the backward pass: another forward pass
+            for memory that grows by a tensor [B, T, D] a layer. None: what memory asks for.
 
     Raises:
         EaptkError: the graph is another model's; ablation and loss lack what they need; the loss or a score is
@@ -102,34 +109,32 @@ def attribute(
     """
     batch = prepare(model, batch, ablation, loss, means)
     sites = Sites(model, graph)
+    plan = _plan(model, sites, batch, ablation, loss, flush_layers, checkpoint)
     with frozen(model):
+        other = clean_logits = None
         if loss == "kl":
-            clean, clean_logits = _values(model, sites, batch)
-            run, sample_losses = _gradients(model, sites, _corrupted(batch), loss, clean_logits)
-            sources = [
-                replace(source, value=clean[name], replacement=source.value)
-                for name, source in zip(clean, run.sources(), strict=True)
-            ]
-        else:
-            replacements = means
-            if ablation == "patching":
-                replacements, _ = _values(model, sites, _corrupted(batch))
-            run, sample_losses = _gradients(model, sites, batch, loss)
+            other, clean_logits = _values(model, sites, batch)
+            batch = _corrupted(batch)
+        elif ablation == "patching":
+            other, _ = _values(model, sites, _corrupted(batch))
+        with torch.enable_grad(), Capture(sites, gradients=True, recompute=plan.checkpoint) as run:
+            sample_losses = _losses(model, sites, batch, loss, clean_logits)
             if means is not None:
                 check_means(means, run)
-            sources = run.sources(replacements)
-        # Autocast would take the contraction's products in half precision.
-        with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
-            try:
-                rows = contract(sources, run.destinations(), batch.lengths.tolist())
-            except ValueError as error:
-                entry = sites.architecture.model_type
-                raise EaptkError(
-                    f"{error} (a shape that does not fit: architecture entry {entry!r} names a wrong module)"
-                ) from error
+            if loss == "kl":
+                assert other is not None
+                sources = [
+                    replace(source, value=other[name], replacement=source.value)
+                    for name, source in zip(other, run.sources(), strict=True)
+                ]
+            else:
+                sources = run.sources(other if means is None else means)
+            contraction = _Contraction(run, sources, batch.lengths.tolist(), plan.flush_layers)
+            run.backward(sample_losses.sum() * _loss_scale(model), contraction.layer_left)
+        rows = contraction.finish()
     rows = (rows / _loss_scale(model)).cpu()
     _check_finite(rows, batch, graph)
-    return EdgeScores(rows, sample_losses.cpu(), graph)
+    return EdgeScores(rows, sample_losses.detach().cpu(), graph)
 
 
 def source_means(
@@ -184,34 +189,91 @@ def _values(model: nn.Module, sites: Sites, batch: Batch) -> tuple[dict[str, Ten
     return capture.values, logits
 
 
-def _gradients(
+def _plan(
+    model: nn.Module,
+    sites: Sites,
+    batch: Batch,
+    ablation: Ablation,
+    loss: LossName | LossFunction,
+    flush_layers: int | None,
+    checkpoint: bool | None,
+) -> Plan:
+    n_samples, n_tokens = batch.ids.shape
+    work = Work.of(
+        model,
+        sites,
+        n_samples,
+        n_tokens,
+        n_loss=batch.ids.numel() if callable(loss) else int((batch.targets != NO_TARGET).sum()),
+        patched=ablation == "patching",
+    )
+    return Plan.within(free_memory(batch.ids.device), work, flush_layers, checkpoint)
+
+
+def _losses(
     model: nn.Module,
     sites: Sites,
     batch: Batch,
     loss: LossName | LossFunction,
-    clean_logits: Tensor | None = None,
-) -> tuple[Capture, Tensor]:
-    """Sources and destinations of a forward and backward pass, and the losses [B]."""
-    with torch.enable_grad(), Capture(sites, gradients=True) as capture:
-        logits = forward(model, sites, batch, every_position=callable(loss))
-        if callable(loss):
-            sample_losses = loss(logits, batch)
-            _check_callable(sample_losses, batch)
-        elif loss == "kl":
-            assert clean_logits is not None
-            sample_losses = losses.kl(logits, clean_logits, batch)
-        else:
-            sample_losses = getattr(losses, loss)(logits, batch)
-        bad = (~sample_losses.detach().isfinite()).nonzero().flatten().tolist()
-        if bad:
-            value = sample_losses[bad[0]].item()
-            raise EaptkError(
-                f"sample {batch.names[bad[0]]!r}: the loss is {value}; its logits are not finite "
-                f"(try a wider dtype, or check the weights)"
-            )
-        assert capture.root is not None
-        torch.autograd.grad(sample_losses.sum() * _loss_scale(model), capture.root)
-    return capture, sample_losses.detach()
+    clean_logits: Tensor | None,
+) -> Tensor:
+    """Losses [B] of a forward pass, finite."""
+    logits = forward(model, sites, batch, every_position=callable(loss))
+    if callable(loss):
+        sample_losses = loss(logits, batch)
+        _check_callable(sample_losses, batch)
+    elif loss == "kl":
+        assert clean_logits is not None
+        sample_losses = losses.kl(logits, clean_logits, batch)
+    else:
+        sample_losses = getattr(losses, loss)(logits, batch)
+    bad = (~sample_losses.detach().isfinite()).nonzero().flatten().tolist()
+    if bad:
+        value = sample_losses[bad[0]].item()
+        raise EaptkError(
+            f"sample {batch.names[bad[0]]!r}: the loss is {value}; its logits are not finite "
+            f"(try a wider dtype, or check the weights)"
+        )
+    return sample_losses
+
+
+class _Contraction:
+    """The contraction of one batch: whole after the backward pass, or by flush groups on its way (`flush_cuts`)."""
+
+    def __init__(
+        self, run: Capture, sources: Sequence[Source], lengths: Sequence[int], flush_layers: int
+    ) -> None:
+        self._run = run
+        self._sources = sources
+        self._lengths = lengths
+        self._cuts = flush_cuts(run.sites.readers, flush_layers)
+        #: Readers not contracted yet: the first so many.
+        self._left = len(run.sites.readers)
+        self._parts: list[Tensor] = []
+
+    def layer_left(self, layer: int) -> None:
+        """The backward pass has left this layer."""
+        if layer in self._cuts:
+            self._flush(self._cuts[layer])
+
+    def finish(self) -> Tensor:
+        """[B, n_edges], once the backward pass has ended."""
+        self._flush(0)
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts[::-1], 1)
+
+    def _flush(self, first: int) -> None:
+        readers = self._run.sites.readers[first : self._left]
+        # Autocast would take the contraction's products in half precision.
+        with torch.no_grad(), torch.autocast(self._sources[0].value.device.type, enabled=False):
+            try:
+                self._parts.append(contract(self._sources, self._run.destinations(readers), self._lengths))
+            except ValueError as error:
+                entry = self._run.sites.architecture.model_type
+                raise EaptkError(
+                    f"{error} (a shape that does not fit: architecture entry {entry!r} names a wrong module)"
+                ) from error
+        self._run.release(readers)
+        self._left = first
 
 
 def forward(model: nn.Module, sites: Sites, batch: Batch, every_position: bool = False) -> Tensor:

@@ -13,19 +13,19 @@ The last two are the contraction's work (`eaptk.kernels`). Hooks exist only insi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eaptk.errors import EaptkError
 from eaptk.kernels import Destination, Norm, Source
-from eaptk.sites import LayerSites, Sites
-
-_BRANCHES = ("q", "k", "v")
+from eaptk.sites import BRANCHES, LayerSites, Reader, Sites
 
 
 @contextmanager
@@ -50,11 +50,14 @@ class Capture:
     """Sources, and with `gradients` destinations, of one forward pass run inside the context.
 
     `values` holds [B, T, D] by source name (``input``, ``a3``, ``m3``); at head granularity ``a3`` holds the
-    output projection's input [B, T, heads, head_dim]. After the backward pass `gradients` holds what the
-    module docstring lists, by destination name (``a3<q>``, ``m3``, ``logits``).
+    output projection's input [B, T, heads, head_dim]. After `backward` `gradients` holds what the module
+    docstring lists, by destination name (``a3<q>``, ``m3``, ``logits``).
+
+    Args:
+        recompute: keep of each layer its input alone, and run it again when the backward pass reaches it.
     """
 
-    def __init__(self, sites: Sites, gradients: bool) -> None:
+    def __init__(self, sites: Sites, gradients: bool, recompute: bool = False) -> None:
         self.sites = sites
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -62,6 +65,10 @@ class Capture:
         #: The stream as the first layer receives it, a leaf: backward passes run from the loss to here.
         self.root: Tensor | None = None
         self._with_gradients = gradients
+        self._recompute = recompute
+        self._left: Callable[[int], None] | None = None
+        #: A layer that runs again meets the same hooks; what they read is known already.
+        self._reading = True
         self._hooks = ExitStack()
 
     def __enter__(self) -> Capture:
@@ -70,6 +77,9 @@ class Capture:
                 self._hook_sources(index, layer)
                 if self._with_gradients:
                     self._hook_destinations(index, layer)
+                    self._before(layer.block, self._watch(index))
+                if self._recompute:
+                    self._checkpoint(layer.block)
             if self._with_gradients:
                 self._tap_input(self.sites.final_norm, "logits")
         except BaseException:
@@ -97,33 +107,40 @@ class Capture:
             operands.append(Source(value, weight, gain, replacement))
         return operands
 
-    def destinations(self) -> list[Destination]:
-        """Operands in order of reading, once the backward pass has run."""
-        graph = self.sites.graph
-        by_head = graph.granularity == "head" and graph.qkv == "split"
-        reach = {(node.kind, node.layer): graph.sources_before(node) for node in graph.destinations}
+    def backward(self, loss: Tensor, left: Callable[[int], None] | None = None) -> None:
+        """Gradients of `loss`, a scalar, down to the first layer's input.
+
+        Args:
+            left: told a layer's index when the pass has left it: gradients of its destinations and of those above
+                are complete. Not told of layer 0, with which the pass ends.
+        """
+        assert self.root is not None
+        self._reading, self._left = False, left
+        torch.autograd.grad(loss, self.root)
+
+    def destinations(self, readers: Sequence[Reader] | None = None) -> list[Destination]:
+        """Operands in order of reading, once the backward pass has left their layers; default: all."""
+        norms: dict[int, Norm] = {}
         operands = []
-        for index, layer in enumerate(self.sites.layers):
-            attention, mlp = reach["attention", index], reach["mlp", index]
-            norm = self._norm(layer.attention_norm, f"a{index}")
-            if graph.qkv == "split":
-                for branch in _BRANCHES:
-                    weight = self.sites.branch_weight(layer, branch) if by_head else None
-                    operands.append(
-                        Destination(self.gradients[f"a{index}<{branch}>"], attention, weight, norm)
-                    )
-            else:
-                operands.append(Destination(self.gradients[f"a{index}"], attention, norm=norm))
-            operands.append(
-                Destination(self.gradients[f"m{index}"], mlp, norm=norm if layer.shared_norm else None)
-            )
-        operands.append(Destination(self.gradients["logits"], reach["logits", graph.n_layers]))
+        for reader in self.sites.readers if readers is None else readers:
+            norm = weight = None
+            layer = self.sites.layers[reader.layer] if reader.normed else None
+            if layer is not None:
+                if reader.layer not in norms:
+                    stream = self.streams[f"a{reader.layer}"]
+                    norms[reader.layer] = Norm(stream, *self.sites.norm_facts(layer.attention_norm))
+                norm = norms[reader.layer]
+                if reader.branch is not None:
+                    weight = self.sites.branch_weight(layer, reader.branch)
+            operands.append(Destination(self.gradients[reader.name], reader.reach, weight, norm))
         return operands
 
-    def _norm(self, module: nn.Module, name: str) -> Norm | None:
-        if name not in self.streams:
-            return None
-        return Norm(self.streams[name], *self.sites.norm_facts(module))
+    def release(self, readers: Sequence[Reader]) -> None:
+        """Let go of what only these destinations need, once they are contracted; the last of all come first."""
+        for reader in readers:
+            del self.gradients[reader.name]
+            if reader.normed and reader.name.startswith("a"):
+                self.streams.pop(f"a{reader.layer}", None)
 
     def _hook_sources(self, index: int, layer: LayerSites) -> None:
         if index == 0:
@@ -149,21 +166,41 @@ class Capture:
 
     def _tap_attention(self, layer: LayerSites, name: str) -> None:
         graph, fused = self.sites.graph, self.sites.architecture.fused is not None
-        modules = dict(zip(_BRANCHES, (layer.query, layer.key, layer.value), strict=True))
+        modules = dict(zip(BRANCHES, (layer.query, layer.key, layer.value), strict=True))
         if graph.qkv == "merged":
             for module in dict.fromkeys(modules.values()):
                 self._tap_input(module, name)
         elif graph.granularity == "head":
-            keys = {branch: f"{name}<{branch}>" for branch in _BRANCHES}
+            keys = {branch: f"{name}<{branch}>" for branch in BRANCHES}
             for module in dict.fromkeys(modules.values()):
-                owned = {keys[branch]: branch for branch in _BRANCHES if modules[branch] is module}
+                owned = {keys[branch]: branch for branch in BRANCHES if modules[branch] is module}
                 self._after(module, self._tap_output(owned))
         elif fused:
-            weights = {f"{name}<{b}>": self.sites.branch_weight(layer, b).flatten(0, 1) for b in _BRANCHES}
+            weights = {f"{name}<{b}>": self.sites.branch_weight(layer, b).flatten(0, 1) for b in BRANCHES}
             self._after(layer.query, self._split_backward(weights))
         else:
             for branch, module in modules.items():
                 self._tap_input(module, f"{name}<{branch}>")
+
+    def _watch(self, index: int) -> Callable[[Tensor], None]:
+        def left(gradient: Tensor) -> None:
+            if self._left is not None and index > 0:
+                self._left(index)
+
+        def watch(stream: Tensor) -> None:
+            if stream.requires_grad:
+                stream.register_hook(left)
+
+        return watch
+
+    def _checkpoint(self, block: nn.Module) -> None:
+        # Hugging Face's own switch acts in training mode alone.
+        own = vars(block).get("forward")
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if own is None:
+            self._hooks.callback(delattr, block, "forward")
+        else:
+            self._hooks.callback(setattr, block, "forward", own)
 
     def _record(self, key: str) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:
@@ -211,7 +248,7 @@ class Capture:
 
     def _split_backward(self, weights: Mapping[str, Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
         def branches(gradient: Tensor) -> Iterator[Tensor]:
-            for (key, weight), branch in zip(weights.items(), _BRANCHES, strict=True):
+            for (key, weight), branch in zip(weights.items(), BRANCHES, strict=True):
                 self.gradients[key] = self.sites.branch_values(gradient, branch).flatten(-2) @ weight
                 yield self.gradients[key]
 
@@ -229,19 +266,22 @@ class Capture:
 
     def _read_stream(self, name: str) -> Callable[[Tensor], None]:
         def read(stream: Tensor) -> None:
-            self.streams[name] = stream.detach()
+            if self._reading:
+                self.streams[name] = stream.detach()
 
         return read
 
     def _read_output(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.values[name] = (output[0] if isinstance(output, tuple) else output).detach()
+            if self._reading:
+                self.values[name] = (output[0] if isinstance(output, tuple) else output).detach()
 
         return hook
 
     def _read_heads(self, name: str) -> Callable[[Tensor], None]:
         def read(heads: Tensor) -> None:
-            self.values[name] = heads.detach().unflatten(-1, (self.sites.graph.n_heads, -1))
+            if self._reading:
+                self.values[name] = heads.detach().unflatten(-1, (self.sites.graph.n_heads, -1))
 
         return read
 
@@ -255,6 +295,8 @@ class Capture:
             )
 
         def scale(summed: Tensor) -> None:
+            if not self._reading:
+                return
             summed = summed.detach().to(torch.promote_types(summed.dtype, torch.float32))
             rho = torch.rsqrt(summed.square().mean(-1, keepdim=True) + eps)
             self.values[name] = self.values[name] * rho.unsqueeze(-1)

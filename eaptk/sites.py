@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from eaptk.architecture import Architecture, find_architecture
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
+
+BRANCHES = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,31 @@ class LayerSites:
     def shared_norm(self) -> bool:
         """Attention and MLP read the output of one norm."""
         return self.attention_norm is self.mlp_norm
+
+
+class Reader(NamedTuple):
+    """One destination operand: a node, or all query, key or value heads of a layer.
+
+    Args:
+        name: ``a3<q>``, ``a3``, ``m3``, ``logits``.
+        layer: the backward pass knows its gradient once it has left this layer.
+        reach: number of sources it reads: the first ones.
+        rows: number of nodes.
+        branch: ``q``, ``k`` or ``v`` where its nodes are heads, else None.
+        normed: its gradient is taken behind the attention's norm.
+    """
+
+    name: str
+    layer: int
+    reach: int
+    rows: int
+    branch: str | None
+    normed: bool
+
+    @property
+    def group_key(self) -> Hashable:
+        """Equal for those whose gradients go back through one norm together; see `kernels.reference`."""
+        return (self.layer, self.branch is None) if self.normed else self.name
 
 
 class Sites:
@@ -61,6 +90,26 @@ class Sites:
             raise EaptkError(
                 f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM"
             )
+
+    @cached_property
+    def readers(self) -> list[Reader]:
+        """Destination operands in order of reading."""
+        graph = self.graph
+        split, heads = graph.qkv == "split", graph.granularity == "head"
+        reach = {(node.kind, node.layer): graph.sources_before(node) for node in graph.destinations}
+        found = []
+        for i, layer in enumerate(self.layers):
+            reads, shared = reach["attention", i], layer.shared_norm
+            if not split:
+                found.append(Reader(f"a{i}", i, reads, 1, None, shared))
+            for branch in BRANCHES if split else ():
+                rows = graph.n_heads if branch == "q" else graph.n_kv_heads
+                found.append(
+                    Reader(f"a{i}<{branch}>", i, reads, rows if heads else 1, branch if heads else None, True)
+                )
+            found.append(Reader(f"m{i}", i, reach["mlp", i], 1, None, shared))
+        last = graph.n_layers
+        return [*found, Reader("logits", last, reach["logits", last], 1, None, False)]
 
     def _layer(self, block: nn.Module, index: int) -> LayerSites:
         entry: Architecture = self.architecture

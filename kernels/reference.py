@@ -16,17 +16,21 @@ Tokens are taken in chunks whose expanded rows stay in cache: within a chunk eve
 once, then destinations group by group, and each group is one matrix product with the sources it reads.
 A group holds several layers to make that product worth its overhead; the few products with no edge
 that this costs are dropped when rows are packed.
+
+Bits: a chunk's tokens depend on the sample's own length and the number of sources alone, and a product on its group
+alone. So destinations may come in several calls, cut where `group_starts` says, and the bits are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Hashable, Sequence
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 from .operands import Destination, Norm, Source
+from .tiles import cdiv
 
 #: Elements of the scratch that holds one chunk's expanded rows: 32 MB in float32, about a last-level cache.
 SCRATCH = 8 * 2**20
@@ -44,7 +48,8 @@ def contract(
     """Scores of every real edge of every sample.
 
     Args:
-        sources: in order of writing; all with a replacement or none.
+        sources: in order of writing; all with a replacement or none. Those that no destination reads are left
+            alone.
         destinations: in order of reading; `reach` counts source rows and never decreases.
         lengths: [B], how many leading tokens of each sample are real.
 
@@ -60,22 +65,23 @@ def contract(
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
     device, width = operands[0].device, _width(sources[0])
 
+    chunk = chunk_tokens(sum(s.rows for s in sources), width)
+    sources = read_by(sources, destinations)
     source_weights = [_source_weight(s, dtype) for s in sources]
     groups = _groups(destinations, dtype)
     n_sources = sum(s.rows for s in sources)
     group_rows = max(group.rows for group in groups)
-    longest = max(lengths)
-    chunk = max(MIN_TOKENS, SCRATCH // ((n_sources + group_rows) * width))
-    chunk = -(-longest // -(-longest // chunk))  # chunks of one size, rather than a small last one
 
-    source_scratch = torch.empty(n_sources * chunk * width, dtype=dtype, device=device)
-    group_scratch = torch.empty(group_rows * chunk * width, dtype=dtype, device=device)
+    longest = min(chunk, max(lengths))
+    source_scratch = torch.empty(n_sources * longest * width, dtype=dtype, device=device)
+    group_scratch = torch.empty(group_rows * longest * width, dtype=dtype, device=device)
     real = torch.cat([group.real() for group in groups]).nonzero().flatten().to(device)
     scores = torch.empty(len(lengths), len(real), dtype=dtype, device=device)
     for b, length in enumerate(lengths):
         sums = [torch.zeros(group.rows, group.reach, dtype=torch.float64, device=device) for group in groups]
-        for start in range(0, length, chunk):
-            tokens = slice(start, min(start + chunk, length))
+        even = cdiv(length, cdiv(length, chunk))  # chunks of one size, rather than a small last one
+        for start in range(0, length, even):
+            tokens = slice(start, min(start + even, length))
             n = tokens.stop - tokens.start
             expanded = source_scratch[: n_sources * n * width].view(n_sources, n, width)
             row = 0
@@ -91,6 +97,35 @@ def contract(
                 total += _product(gradients, expanded[: group.reach])
         scores[b] = torch.cat([total.flatten() for total in sums])[real]
     return scores if sources[0].replacement is not None else scores.neg_()
+
+
+def chunk_tokens(n_sources: int, width: int) -> int:
+    """Most tokens of a chunk."""
+    return max(MIN_TOKENS, SCRATCH // ((n_sources + GROUP_ROWS) * width))
+
+
+def read_by(sources: Sequence[Source], destinations: Sequence[Destination]) -> list[Source]:
+    """The leading sources that any of the destinations reads."""
+    reach = destinations[-1].reach
+    ends = accumulate(source.rows for source in sources)
+    return [source for source, end in zip(sources, ends, strict=True) if end - source.rows < reach]
+
+
+def group_starts(destinations: Sequence[tuple[Hashable, int]]) -> list[int]:
+    """The first destination of each group that is contracted in one product.
+
+    Args:
+        destinations: a key and the rows of each; neighbours of one key go back through their norm together.
+    """
+    starts, rows, index = [0], 0, 0
+    for _, members in groupby(destinations, key=lambda d: d[0]):
+        if rows >= GROUP_ROWS:
+            starts.append(index)
+            rows = 0
+        counts = [n for _, n in members]
+        rows += sum(counts)
+        index += len(counts)
+    return starts
 
 
 class _Reader:
@@ -164,14 +199,13 @@ def _statistics(norm: Norm, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
 
 
 def _groups(destinations: Sequence[Destination], dtype: torch.dtype) -> list[_Group]:
-    groups: list[_Group] = []
-    readers: list[_Reader] = []
-    for _, members in groupby(destinations, key=lambda d: (id(d.norm), d.weight is None)):
-        readers.append(_Reader(list(members), dtype))
-        if sum(reader.rows for reader in readers) >= GROUP_ROWS:
-            groups.append(_Group(readers))
-            readers = []
-    return [*groups, _Group(readers)] if readers else groups
+    keys = [i if d.norm is None else (id(d.norm), d.weight is None) for i, d in enumerate(destinations)]
+    starts = group_starts([(key, d.rows) for key, d in zip(keys, destinations, strict=True)])
+    groups = []
+    for start, end in zip(starts, [*starts[1:], len(destinations)], strict=True):
+        readers = groupby(range(start, end), key=lambda i: keys[i])
+        groups.append(_Group([_Reader([destinations[i] for i in members], dtype) for _, members in readers]))
+    return groups
 
 
 def _width(source: Source) -> int:

@@ -21,7 +21,7 @@ FLOORS = [
     {"statistics"},
     {"content"},
     {"batch", "sites"},
-    {"capture"},
+    {"capture", "plan"},
     {"losses"},
     {"attribution"},
     {"intervention"},

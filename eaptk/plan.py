@@ -1,0 +1,351 @@
+"""How a batch is attributed within the memory there is, and what that takes, said before it is done.
+
+Two dials trade time for memory, and neither changes a bit of the scores in plain PyTorch: gradients may be
+contracted by *flush groups* of layers while the backward pass goes on, and each layer may be run again there in
+place of what autograd keeps of it (*checkpointing*). `Plan.within` takes the fastest setting that fits. What a
+setting needs is found by going through the passes layer by layer (`Work.peak`) with the very cuts that attribution
+makes (`flush_cuts`); sizes are estimates, and `tests/test_plan.py` holds them to what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from eaptk.errors import EaptkError
+from eaptk.graph import Graph
+from eaptk.kernels.reference import chunk_tokens, group_starts
+from eaptk.sites import LayerSites, Reader, Sites
+
+#: Scratch and partial sums of the Triton kernels, at most.
+KERNEL_SCRATCH = 128 * 2**20
+#: Activation functions that transformers spells out in single operations, each of which keeps its operand.
+_SPELLED_OUT = ("gelu_new", "gelu_fast", "gelu_accurate", "quick_gelu")
+
+
+def flush_cuts(readers: Sequence[Reader], flush_layers: int) -> dict[int, int]:
+    """When gradients are contracted: after `flush_layers` layers or, as groups are not split, soon after.
+
+    Returns:
+        By layer that the backward pass has left, the first reader of those contracted then. What remains is
+        contracted at the pass's end.
+    """
+    n_layers = last_layer = readers[-1].layer
+    if flush_layers >= n_layers:
+        return {}
+    starts = group_starts([(reader.group_key, reader.rows) for reader in readers])
+    first = {reader.layer: i for i, reader in reversed(list(enumerate(readers)))}
+    cuts, last = {}, len(readers)
+    for layer in range(n_layers - 1, 0, -1):
+        cut = next((start for start in starts if start >= first[layer]), last)
+        if last_layer - layer >= flush_layers and cut < last:
+            cuts[layer] = last = cut
+            last_layer = layer
+    return cuts
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of one batch's attribution: bytes of tensors, and FLOPs.
+
+    Args:
+        width, query_width, itemsize: D, heads × head width, bytes an element of activations.
+        n_samples, n_tokens, n_loss: B, T (padded), and the positions that carry loss.
+        weights: of the model.
+        kept: what autograd keeps of one layer.
+        backward: what the backward pass of one layer holds besides.
+        logits: at the loss positions, with what the loss makes of them.
+        parameters, unembedding: weights in matrix products of all layers, and in the last one.
+        attention: FLOPs of all layers' products of queries, keys and values, forward.
+        patched: sources are held of two prompts.
+        on_gpu: the contraction's scratch is the kernels', not the reference's.
+    """
+
+    graph: Graph
+    readers: tuple[Reader, ...]
+    width: int
+    query_width: int
+    itemsize: int
+    n_samples: int
+    n_tokens: int
+    n_loss: int
+    weights: int
+    kept: int
+    backward: int
+    logits: int
+    parameters: int
+    unembedding: int
+    attention: int
+    patched: bool
+    on_gpu: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        sites: Sites,
+        n_samples: int,
+        n_tokens: int,
+        *,
+        n_loss: int,
+        patched: bool = False,
+        on_gpu: bool | None = None,
+    ) -> Work:
+        """Of a model, which may be without weights (`without_weights`)."""
+        config: Any = model.config
+        graph, layer = sites.graph, sites.layers[0]
+        weight = next(layer.block.parameters())
+        size, tokens = weight.itemsize, n_samples * n_tokens
+        width, query_width, kv_width = _widths(sites)
+        matrices = [p for p in layer.mlp_read.parameters() if p.dim() == 2]
+        inner = max((max(p.shape) for p in matrices), default=width)
+        activation = getattr(config, "hidden_act", getattr(config, "activation_function", None))
+        # A gate keeps its own input, its output, and what it multiplies.
+        spread = 3 if len(matrices) > 2 else 4 if activation in _SPELLED_OUT else 1
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        square = n_samples * graph.n_heads * n_tokens**2
+        vocabulary = sites.unembedding.weight.shape[0]
+        return cls(
+            graph=graph,
+            readers=tuple(sites.readers),
+            width=width,
+            query_width=query_width,
+            itemsize=size,
+            n_samples=n_samples,
+            n_tokens=n_tokens,
+            n_loss=n_loss,
+            weights=sum(p.numel() * p.itemsize for p in model.parameters()),
+            kept=tokens * _norm_bytes(sites, layer, query_width, kv_width)
+            + tokens * size * (2 * query_width + 2 * kv_width + spread * inner)
+            + (square * (size + 4) if eager else 0),
+            backward=tokens * size * 3 * inner,
+            logits=n_loss * vocabulary * (16 if size >= 4 else 20),
+            parameters=sum(
+                p.numel() for each in sites.layers for p in each.block.parameters() if p.dim() == 2
+            ),
+            unembedding=vocabulary * width,
+            attention=graph.n_layers * 4 * n_samples * n_tokens**2 * query_width // (1 if eager else 2),
+            patched=patched,
+            on_gpu=weight.is_cuda if on_gpu is None else on_gpu,
+        )
+
+    @property
+    def stream(self) -> int:
+        """Bytes of one [B, T, D]."""
+        return self.n_samples * self.n_tokens * self.width * self.itemsize
+
+    @property
+    def sources(self) -> int:
+        """Bytes of what is kept of all sources."""
+        n_layers = self.graph.n_layers
+        attention = self.stream if self.graph.granularity == "block" else self._heads(self.graph.n_heads)
+        return (self.stream * (n_layers + 1) + attention * n_layers) * (1 + self.patched)
+
+    @property
+    def rows(self) -> int:
+        """Bytes of the score rows, and of a sample's sums."""
+        return self.graph.n_edges * (4 * self.n_samples + 8)
+
+    def gradients(self, readers: Sequence[Reader]) -> int:
+        """Bytes of these destinations' gradients, and of the streams their norms read."""
+        found = sum(self._heads(r.rows) if r.branch else self.stream for r in readers)
+        return found + self.stream * len({r.layer for r in readers if r.normed})
+
+    def scratch(self, readers: Sequence[Reader]) -> int:
+        """Bytes that contracting these destinations takes for itself."""
+        if self.on_gpu:
+            return KERNEL_SCRATCH
+        n_sources, element = self.graph.n_sources, max(4, self.itemsize)
+        tokens = min(self.n_tokens, chunk_tokens(n_sources, self.width))
+        rows = max(sum(r.rows for r in group) for group in _groups(readers))
+        expanding = sum(r.rows for r in readers if r.branch)
+        expanding += self.graph.n_heads * len(self._sources_read(readers))
+        head_dim = self.query_width // self.graph.n_heads
+        return element * self.width * ((n_sources + rows) * tokens + expanding * head_dim)
+
+    def flushes(self, flush_layers: int) -> list[tuple[int, list[Reader]]]:
+        """Layer after which, and destinations that, are contracted together, in order of time."""
+        ends, found = len(self.readers), []
+        for layer, first in (*flush_cuts(self.readers, flush_layers).items(), (0, 0)):
+            found.append((layer, list(self.readers[first:ends])))
+            ends = first
+        return found
+
+    def peak(self, flush_layers: int, checkpoint: bool) -> int:
+        """Most bytes alive at one time, weights apart."""
+        n_layers = self.graph.n_layers
+        flushes = dict(self.flushes(flush_layers))
+        always = self.sources + self.rows
+        normed = any(r.normed for r in self.readers)
+        # Where norms compute in the stream's own dtype, what autograd keeps of it is the stream itself.
+        shared = checkpoint or self.itemsize >= 4 or not normed
+        kept = (self.stream if checkpoint else self.kept) + (0 if shared else self.stream)
+        inside = self.backward + (self.kept if checkpoint else 0)
+        most = n_layers * kept + self.logits
+        waiting = [self.readers[-1]]
+        for layer in range(n_layers - 1, -1, -1):
+            most = max(most, (layer + 1) * kept + inside + self.gradients(waiting))
+            waiting = [r for r in self.readers if r.layer == layer] + waiting
+            if layer in flushes:
+                now = flushes[layer]
+                most = max(most, layer * kept + self.gradients(waiting) + self.scratch(now))
+                waiting = [r for r in waiting if r not in now]
+        return always + most
+
+    def bare_peak(self, checkpoint: bool = False) -> int:
+        """The same of the model's own passes."""
+        kept, inside = (self.stream, self.kept) if checkpoint else (self.kept, 0)
+        n_layers = self.graph.n_layers
+        return self.stream + n_layers * kept + max(self.logits, inside + self.backward)
+
+    @property
+    def bare_flops(self) -> int:
+        """Forward, and backward to the activations alone."""
+        tokens = self.n_samples * self.n_tokens
+        # The backward pass has four products for the forward's two, and forms the scores again if they are not kept.
+        return 4 * (self.parameters * tokens + self.unembedding * self.n_loss) + 3 * self.attention
+
+    @property
+    def recompute_flops(self) -> int:
+        """Of all layers' second forward pass under checkpointing."""
+        return 2 * self.parameters * self.n_samples * self.n_tokens + self.attention
+
+    def contraction_flops(self, flush_layers: int) -> int:
+        """Of the products, those without an edge that a group costs included."""
+        pairs = sum(
+            sum(r.rows for r in group) * group[-1].reach
+            for _, readers in self.flushes(flush_layers)
+            for group in _groups(readers)
+        )
+        return 2 * self.n_samples * self.n_tokens * self.width * pairs
+
+    def expansion_flops(self, flush_layers: int) -> int:
+        """Of expanding heads: destinations once, sources once a flush group that reads them."""
+        if self.graph.granularity == "block":
+            return 0
+        head_dim = self.query_width // self.graph.n_heads
+        rows = sum(r.rows for r in self.readers if r.branch)
+        rows += self.graph.n_heads * sum(
+            len(self._sources_read(now)) for _, now in self.flushes(flush_layers)
+        )
+        return 2 * self.n_samples * self.n_tokens * self.width * head_dim * rows
+
+    def contraction_bytes(self, flush_layers: int) -> int:
+        """Read from memory: gradients and streams once, sources once a flush group that reads them."""
+        layers = self.graph.n_layers
+        return sum(
+            self.gradients(now) + self.sources * len(self._sources_read(now)) // layers
+            for _, now in self.flushes(flush_layers)
+        )
+
+    def _heads(self, rows: int) -> int:
+        return (
+            self.n_samples * self.n_tokens * rows * (self.query_width // self.graph.n_heads) * self.itemsize
+        )
+
+    def _sources_read(self, readers: Sequence[Reader]) -> range:
+        """Layers whose attention these destinations read."""
+        return range(min(readers[-1].layer + (readers[-1].name[0] == "m"), self.graph.n_layers))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The dials for one batch.
+
+    Args:
+        memory: bytes there are beside the weights.
+        peak: bytes it takes at its height, estimated; more than `memory` if nothing fits.
+    """
+
+    work: Work
+    memory: int
+    flush_layers: int
+    checkpoint: bool
+    peak: int
+
+    @classmethod
+    def within(
+        cls,
+        memory: int,
+        work: Work,
+        flush_layers: int | None = None,
+        checkpoint: bool | None = None,
+    ) -> Plan:
+        """The fastest dials that fit into `memory`; the most frugal if none do. What is given is not changed.
+
+        Raises:
+            EaptkError: `flush_layers` is no number of layers.
+        """
+        if flush_layers is not None and flush_layers < 1:
+            raise EaptkError(f"flush_layers is {flush_layers}; it must be at least 1")
+        plan = None
+        for recompute in (False, True) if checkpoint is None else (checkpoint,):
+            for layers in _halved(work.graph.n_layers) if flush_layers is None else [flush_layers]:
+                plan = cls(work, memory, layers, recompute, work.peak(layers, recompute))
+                if plan.peak <= memory:
+                    return plan
+        assert plan is not None
+        return plan
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors may take on a device; without limit where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2**63 - 1
+
+
+def without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A causal LM whose tensors have shapes but no content.
+
+    Args:
+        dtype: of the weights; None: what the config says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+
+
+def _halved(n: int) -> list[int]:
+    found = [n]
+    while n > 1:
+        n = (n + 1) // 2
+        found.append(n)
+    return found
+
+
+def _groups(readers: Sequence[Reader]) -> list[Sequence[Reader]]:
+    starts = group_starts([(reader.group_key, reader.rows) for reader in readers])
+    return [readers[a:b] for a, b in zip(starts, [*starts[1:], len(readers)], strict=True)]
+
+
+def _widths(sites: Sites) -> tuple[int, int, int]:
+    """D, and the widths of queries and keys."""
+    layer, graph = sites.layers[0], sites.graph
+    width = sites.unembedding.weight.shape[1]
+    shape = layer.attention_output.weight.shape
+    query_width = shape[0] * shape[1] // width
+    return width, query_width, query_width * graph.n_kv_heads // graph.n_heads
+
+
+def _norm_bytes(sites: Sites, layer: LayerSites, query_width: int, kv_width: int) -> int:
+    """What autograd keeps of one token's norms: RMS norms compute, and keep their input, in float32 or wider."""
+    width = sites.unembedding.weight.shape[1]
+    widths = 0
+    for module in layer.block.modules():
+        gain = getattr(module, "weight", None)
+        if gain is None or gain.dim() != 1:
+            continue
+        widths += width if len(gain) == width else (query_width + kv_width) // 2
+    size = layer.attention_norm.weight.itemsize
+    return widths * (size if sites.architecture.norm == "layer" else max(4, size))

@@ -1,0 +1,154 @@
+"""Flush groups and checkpointing: memory for time, and not one bit of a score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import NAMES, tiny_batch, tiny_model
+from torch import Tensor, nn
+
+from eaptk import Batch, EaptkError, Graph, Sample, attribute, collate
+from eaptk.capture import Capture, frozen
+from eaptk.kernels.reference import SCRATCH
+from eaptk.sites import Sites
+
+GRANULARITIES = ["block", "head"]
+LAYERS = 9
+
+
+def deep(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
+    depth = {"n_layer" if name == "gpt2" else "num_hidden_layers": LAYERS}
+    return tiny_model(name, dtype, **depth, **overrides)
+
+
+@pytest.mark.parametrize("flush_layers", [1, 2, 5])
+@pytest.mark.parametrize("qkv", ["split", "merged"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_how_many_layers_are_contracted_at_once_does_not_change_a_bit(
+    name: str, granularity: str, qkv: str, flush_layers: int
+) -> None:
+    model, batch = deep(name), tiny_batch()
+    graph = Graph.from_model(model, granularity, qkv)
+    whole = attribute(model, batch, graph, flush_layers=LAYERS)
+    assert torch.equal(attribute(model, batch, graph, flush_layers=flush_layers).rows, whole.rows)
+
+
+@pytest.mark.parametrize("flush_layers", [1, LAYERS])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_running_layers_again_does_not_change_a_bit(name: str, granularity: str, flush_layers: int) -> None:
+    model, batch = deep(name), tiny_batch()
+    graph = Graph.from_model(model, granularity)
+    kept = attribute(model, batch, graph, checkpoint=False)
+    again = attribute(model, batch, graph, checkpoint=True, flush_layers=flush_layers)
+    assert torch.equal(again.rows, kept.rows)
+    assert torch.equal(again.loss, kept.loss)
+
+
+@pytest.mark.parametrize(
+    "method", [{"ablation": "patching"}, {"ablation": "patching", "loss": "kl"}], ids=["patching", "kl"]
+)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
+def test_neither_does_either_under_another_method(
+    name: str, granularity: str, method: dict[str, Any]
+) -> None:
+    model, batch = deep(name), tiny_batch()
+    graph = Graph.from_model(model, granularity)
+    whole = attribute(model, batch, graph, flush_layers=LAYERS, checkpoint=False, **method)
+    frugal = attribute(model, batch, graph, flush_layers=1, checkpoint=True, **method)
+    assert torch.equal(frugal.rows, whole.rows)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_flush_groups_of_sequences_contracted_in_several_chunks_agree_to_the_bit(granularity: str) -> None:
+    model = deep("qwen2", hidden_size=384, max_position_embeddings=2048)
+    graph = Graph.from_model(model, granularity)
+    batch = collate([Sample("long", (1,) * 1501, (2, 3)), Sample("short", (4, 5), (6,))])
+    assert graph.n_sources * 1501 * 384 > SCRATCH, "one chunk would do"
+    whole = attribute(model, batch, graph, flush_layers=LAYERS)
+    assert torch.equal(attribute(model, batch, graph, flush_layers=2).rows, whole.rows)
+
+
+def test_a_sample_is_cut_the_same_way_whatever_its_neighbours() -> None:
+    """Only the model's own passes may round a row differently beside longer neighbours."""
+    from eaptk.kernels import Destination, Source, contract
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(tokens: int) -> Tensor:
+        return torch.randn(2, tokens, 512, generator=generator)
+
+    sources, destinations = [Source(random(2600)) for _ in range(9)], [Destination(random(2600), 9)]
+    alone = (
+        [Source(s.value[:1, :1500]) for s in sources],
+        [Destination(d.gradient[:1, :1500], d.reach) for d in destinations],
+    )
+    together = contract(sources, destinations, [1500, 2600])
+    assert torch.equal(contract(*alone, [1500]), together[:1])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_flushed_gradient_is_let_go_of(granularity: str) -> None:
+    model, batch = deep("qwen2"), tiny_batch()
+    sites = Sites(model, Graph.from_model(model, granularity))
+    alive = []
+    with frozen(model), torch.enable_grad(), Capture(sites, gradients=True) as run:
+        loss = model(input_ids=batch.ids, use_cache=False).logits.square().mean()
+
+        def left(layer: int) -> None:
+            run.release([r for r in sites.readers if r.layer >= layer and r.name in run.gradients])
+            alive.append((len(run.gradients), len(run.streams)))
+
+        run.backward(loss, left)
+    # All of the layer just left are gone; none of those below is there yet, but for their streams.
+    assert alive == [(0, layer) for layer in range(LAYERS - 1, 0, -1)]
+
+
+def test_layers_are_left_from_the_last_to_the_first_with_their_gradients_complete() -> None:
+    model, batch = deep("gpt_neox"), tiny_batch()
+    sites = Sites(model, Graph.from_model(model, "block", "merged"))
+    seen = []
+    with frozen(model), torch.enable_grad(), Capture(sites, gradients=True) as run:
+        loss = model(input_ids=batch.ids, use_cache=False).logits.square().mean()
+        snapshots = {}
+
+        def left(layer: int) -> None:
+            seen.append(layer)
+            snapshots[layer] = {
+                r.name: run.gradients[r.name].clone() for r in sites.readers if r.layer >= layer
+            }
+
+        run.backward(loss, left)
+    assert seen == list(range(LAYERS - 1, 0, -1))
+    for snapshot in snapshots.values():
+        assert all(torch.equal(gradient, run.gradients[name]) for name, gradient in snapshot.items())
+
+
+def test_a_layer_with_a_forward_of_its_own_gets_it_back() -> None:
+    model, batch = deep("llama"), tiny_batch()
+    layer = model.model.layers[1]
+    own = layer.forward = layer.forward
+    attribute(model, batch, Graph.from_model(model), checkpoint=True)
+    assert vars(layer)["forward"] is own
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_a_group_of_no_layers_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(EaptkError, match="flush_layers is 0; it must be at least 1"):
+        attribute(model, tiny_batch(), Graph.from_model(model), flush_layers=0)
+
+
+def test_a_loss_that_fails_under_checkpointing_leaves_the_model_as_found() -> None:
+    model = tiny_model("llama")
+
+    def broken(logits: Tensor, batch: Batch) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        attribute(model, tiny_batch(), Graph.from_model(model), loss=broken, checkpoint=True)
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
