@@ -25,6 +25,7 @@ _HOME = {
     "check": "identities",
     "collate": "batch",
     "compare": "comparison",
+    "exact_effects": "intervention",
     "measure": "metrics",
     "read_samples": "dataset",
     "register_architecture": "architecture",
