@@ -57,9 +57,7 @@ def read_samples(
     """Samples in the order of the source.
 
     Args:
-        source: the path of a JSONL file; a Hugging Face dataset as an object, a folder that `save_to_disk` or
-            `load_dataset` knows, or a name on the hub (``name`` or ``name:split``); or an iterable of records
-            or of `Sample`.
+        source: as for `records`, whose records may be `Sample` as well.
         tokenizer: turns text into tokens; records of token ids need none.
         context: tokens of the longest sequence that the model can be fed; None: no limit.
         vocabulary: token ids that the model has embeddings for; None: not checked.
@@ -78,10 +76,10 @@ def read_samples(
     for option, value in (("cut", cut), ("limit", limit)):
         if value is not None and value < 1:
             raise EaptkError(f"{option} is {value}; it must be at least 1")
-    records = islice(_records(source), limit)
+    found = islice(records(source), limit)
     samples: list[Sample] = []
     seen: dict[str, str] = {}
-    for where, number, record in records:
+    for where, number, record in found:
         if isinstance(record, Sample):
             sample = record if own_answers is None else replace(record, answer_ids=(), foil_ids=None)
         else:
@@ -165,24 +163,43 @@ def _parquet_holds(column: pa.Array) -> bool:
     return True
 
 
-def _records(source: Any) -> Iterator[tuple[str, int, Any]]:
-    """Each record with where it stands, for messages, and its number."""
+def records(source: Any, config: str | None = None) -> Iterator[tuple[str, int, Any]]:
+    """Each record with where it stands, for messages, and its number: from 1 in a JSONL file, else from 0.
+
+    Args:
+        source: the path of a JSONL or Parquet file; a Hugging Face dataset as an object, a folder that
+            `save_to_disk` or `load_dataset` knows, or a name on the hub (``name`` or ``name:split``); or an
+            iterable of records.
+        config: of a dataset on the hub that has several.
+
+    Raises:
+        EaptkError: nothing to read, or a line that is no object.
+    """
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if path.is_file():
+        if path.is_file() and path.suffix != ".parquet":
             yield from _json_lines(path)
             return
-        name, records = str(source), _hugging_face(source)
+        name = str(source)
+        found = _parquet(path) if path.is_file() else _hugging_face(source, config)
     else:
-        name, records = "the dataset", source
-        if isinstance(records, Mapping):
-            raise EaptkError(f"the dataset has splits ({', '.join(map(str, records))}); pass one of them")
-        if not isinstance(records, Iterable):
+        name, found = "the dataset", source
+        if isinstance(found, Mapping):
+            raise EaptkError(f"the dataset has splits ({', '.join(map(str, found))}); pass one of them")
+        if not isinstance(found, Iterable):
             raise EaptkError(
                 f"a dataset is a path, a Hugging Face dataset or records, not {type(source).__name__}"
             )
-    for row, record in enumerate(records):
+    for row, record in enumerate(found):
         yield f"{name} row {row}", row, record
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise EaptkError(f"{path} cannot be read as Parquet ({_line(error)}); write it again") from error
+    return rows
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
@@ -213,10 +230,10 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _hugging_face(source: str | Path) -> Any:
+def _hugging_face(source: str | Path, config: str | None) -> Any:
     """A dataset from a local folder or the hub."""
     name, _, split = str(source).partition(":")
-    on_hub = not is_meant_as_path(name) and not name.endswith((".jsonl", ".json"))
+    on_hub = not is_meant_as_path(name) and not name.endswith((".jsonl", ".json", ".parquet"))
     if not Path(name).is_dir() and not on_hub:
         raise EaptkError(f"no such file: {source}; give a JSONL file or a Hugging Face dataset")
     try:
@@ -229,7 +246,7 @@ def _hugging_face(source: str | Path) -> Any:
         if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name)
+            found = datasets.load_dataset(name, config)
     except Exception as error:  # the library raises many kinds, all of them about the name or the network
         raise EaptkError(
             f"no file, and no Hugging Face dataset that can be read: {source} ({_line(error)})"

@@ -19,6 +19,7 @@ def greedy_answers(
     samples: Sequence[Sample],
     batches: Iterable[Sequence[int]],
     max_new_tokens: int,
+    stop: Sequence[int] = (),
 ) -> Iterator[dict[int, list[int]]]:
     """Answer every prompt with the most likely token at each step, one batch at a time.
 
@@ -32,6 +33,7 @@ def greedy_answers(
         batches: indices of the samples to answer together. Prompts are padded on the left to the longest of a
             batch, which can turn the balance between two equally likely tokens: use the same batches again.
         max_new_tokens: tokens of the longest answer.
+        stop: tokens that end an answer as the model's own do.
 
     Yields:
         Answers by index of sample.
@@ -39,7 +41,7 @@ def greedy_answers(
     Raises:
         EaptkError: a batch does not fit into the device's memory.
     """
-    ends = _end_tokens(model)
+    ends = [*end_tokens(model), *stop]
     for batch in batches:
         prompts = [samples[index].prompt_ids for index in batch]
         try:
@@ -84,7 +86,8 @@ def _as_only_config(model: Any, config: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _end_tokens(model: Any) -> list[int]:
+def end_tokens(model: Any) -> list[int]:
+    """End-of-sequence tokens of the generation config, or of the config."""
     for config in (model.generation_config, model.config):
         ends = getattr(config, "eos_token_id", None)
         if ends is not None:

@@ -8,8 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,6 +36,7 @@ from eaptk.loading import (
     weights_fingerprint,
 )
 from eaptk.losses import LOSSES, LossFunction, LossName
+from eaptk.progress import progress_bar
 from eaptk.statistics import DEFAULT_BINS, Histogram, summarise
 from eaptk.store import Run, RunWriter
 
@@ -44,9 +44,6 @@ from eaptk.store import Run, RunWriter
 RunLoss = LossName | Literal["self_nll"] | LossFunction
 RUN_LOSSES = (*LOSSES, "self_nll")
 RowDtype = Literal["float32", "float16"]
-
-#: Told how many more tokens are done.
-_Advance = Callable[[int], None]
 
 
 def score(
@@ -59,6 +56,7 @@ def score(
     qkv: Qkv = "split",
     ablation: Ablation = "zero",
     loss: RunLoss = "nll",
+    given_answers: bool = False,
     cut: int | None = None,
     max_new_tokens: int = 256,
     tokens_per_batch: int = 2048,
@@ -88,6 +86,8 @@ def score(
         loss: a loss of `attribute` on the given answers, or ``"self_nll"``: on the model's own greedy
             answers, fixed before scoring starts. A callable must be a function of a module: a resume knows it
             by its name and its bytecode, not by what it calls.
+        given_answers: for ``"self_nll"``: the answers of the dataset are the model's own, given before; none
+            is generated.
         cut: score at most this many tokens of each answer.
         max_new_tokens: of the model's own answers.
         tokens_per_batch: padding included; the dial between memory and speed. A resume must repeat it
@@ -110,6 +110,10 @@ def score(
         EaptkError: anything the user can put right, before the first row where it can be known by then.
     """
     _check_options(ablation, loss, row_dtype, tokens_per_batch, max_new_tokens, cut)
+    if given_answers and loss != "self_nll":
+        raise EaptkError(
+            f"given answers are the model's own with loss 'self_nll' only, not {_loss_name(loss)!r}"
+        )
     histogram = _histogram(metrics_only, bins, upper, row_dtype)
     if isinstance(model, nn.Module) and (dtype or device or attention):
         raise EaptkError(
@@ -120,36 +124,38 @@ def score(
     graph = Graph.from_config(config, granularity, qkv)
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(model)
-    n_new = max_new_tokens if cut is None else min(max_new_tokens, cut)
+    n_new = None
+    if loss == "self_nll" and not given_answers:
+        n_new = max_new_tokens if cut is None else min(max_new_tokens, cut)
     samples = read_samples(
         dataset,
         tokenizer,
         context=getattr(config, "max_position_embeddings", None),
         vocabulary=config.vocab_size,
         cut=cut,
-        own_answers=n_new if loss == "self_nll" else None,
+        own_answers=n_new,
         limit=limit,
     )
     _check_samples(samples, ablation, loss)
     # The weights come last: they take the longest, and by now the rest is known to be right.
     loaded = model if isinstance(model, nn.Module) else load_model(model, dtype, device, attention)
     manifest = {
-        "model": _model_facts(loaded),
+        "model": model_facts(loaded),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "dataset": {"fingerprint": _fingerprint(samples), "samples": len(samples)},
         "graph": graph.to_dict(),
         "ablation": ablation,
         "loss": _loss_name(loss),
         "cut": cut,
-        "max_new_tokens": n_new if loss == "self_nll" else None,
+        "max_new_tokens": n_new,
         "tokens_per_batch": tokens_per_batch,
         "row_dtype": row_dtype,
         "metrics_only": None if histogram is None else asdict(histogram),
         "versions": {"eaptk": eaptk.__version__, "torch": torch.__version__, "transformers": _transformers()},
-        "provenance": _provenance(dataset),
+        "provenance": provenance(dataset),
     }
     with RunWriter(out, manifest) as writer:
-        if loss == "self_nll":
+        if n_new is not None:
             samples = _answered(loaded, samples, writer, n_new, tokens_per_batch, progress)
         elif not writer.begun:
             writer.begin(samples_table(samples))
@@ -178,7 +184,7 @@ def _score_rows(
     means = _means(model, samples, plan, graph, writer.path, progress) if ablation == "mean" else None
     row_dtype = getattr(torch, writer.manifest["row_dtype"])
     started = sum(lengths) - sum(lengths[row] for batch in left for row in batch)
-    with _bar("scoring", sum(lengths), started, progress) as advance:
+    with progress_bar("scoring", sum(lengths), started, progress) as advance:
         for rows in left:
             batch = collate([samples[row] for row in rows])
             try:
@@ -219,7 +225,7 @@ def _answered(
         plan = plan_batches([len(sample.prompt_ids) + n_new for sample in samples], tokens_per_batch)
         left = [batch for batch in plan if not all(row in answers for row in batch)]
         n_kept = len(samples) - sum(map(len, left))
-        with _bar("answering", len(samples), n_kept, progress, unit="prompts") as advance:
+        with progress_bar("answering", len(samples), n_kept, progress, unit="prompts") as advance:
             for found in greedy_answers(model, samples, left, n_new):
                 writer.keep_answers(found)
                 answers |= found
@@ -244,7 +250,7 @@ def _means(
     file = path / "means.safetensors"
     if not file.exists():
         lengths = [sample.n_tokens for sample in samples]
-        with _bar("taking means", sum(lengths), 0, progress) as advance:
+        with progress_bar("taking means", sum(lengths), 0, progress) as advance:
 
             def batches() -> Iterator[Any]:
                 for rows in plan:
@@ -298,7 +304,7 @@ def _histogram(
             "with rows (limit 64), see the histogram range that `eaptk metrics` finds, and give one with room "
             "to spare, the same for all runs to be compared"
         )
-    return Histogram(DEFAULT_BINS if bins is None else bins, upper)
+    return Histogram(DEFAULT_BINS if bins is None else int(bins), float(upper))
 
 
 def _check_samples(samples: Sequence[Sample], ablation: str, loss: Any) -> None:
@@ -323,7 +329,7 @@ def _check_range(scores: Tensor, names: Sequence[str], graph: Graph) -> None:
         )
 
 
-def _model_facts(model: Any) -> dict[str, Any]:
+def model_facts(model: Any) -> dict[str, Any]:
     return {
         "id": str(getattr(model, "name_or_path", "") or type(model).__name__),
         "type": model.config.model_type,
@@ -375,7 +381,7 @@ def _transformers() -> str:
     return str(transformers.__version__)
 
 
-def _provenance(dataset: Any) -> dict[str, str]:
+def provenance(dataset: Any) -> dict[str, str]:
     """Who, when and where: recorded, but no matter to a resume."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -384,35 +390,3 @@ def _provenance(dataset: Any) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-
-
-@contextmanager
-def _bar(what: str, total: int, done: int, shown: bool, unit: str = "tokens") -> Iterator[_Advance]:
-    """A bar with speed and time left on standard error; nothing if that is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskProgressColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Speed(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:,.0f} {unit}/s")
-
-    console = Console(stderr=True)
-    with Progress(
-        "{task.description}",
-        BarColumn(),
-        TaskProgressColumn(),
-        Speed(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (shown and console.is_terminal),
-    ) as bars:
-        task = bars.add_task(what, total=total, completed=done)
-        yield lambda more: bars.advance(task, more)

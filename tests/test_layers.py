@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 #: From the ground up. Modules of one floor do not import each other; within kernels/ they may.
 FLOORS = [
-    {"errors", "kernels", "_native"},
+    {"errors", "kernels", "progress", "_native"},
     {"architecture", "files", "sweep"},
     {"graph", "loading"},
     {"statistics"},
@@ -27,8 +27,8 @@ FLOORS = [
     {"intervention"},
     {"identities"},
     {"dataset", "generate", "store"},
-    {"run"},
-    {"metrics"},
+    {"prompts", "questions", "run"},
+    {"grading", "metrics"},
     {"pairing"},
     {"resampling"},
     {"comparison"},

@@ -1,0 +1,103 @@
+"""Whether an answer is right: its final answer against the reference, with the reason kept.
+
+Final answers are compared as text first and then as mathematics by math-verify (LaTeX, numbers, fractions,
+sets, intervals, equations): 1/2 equals 0.5 and \\frac{1}{2}.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from eaptk.errors import EaptkError
+from eaptk.questions import marked_answer
+
+#: Seconds that reading or comparing one expression may take.
+_TIMEOUT = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right.
+
+    Args:
+        right: it is.
+        reason: in words, with both sides.
+        given: the final answer that was found in the text; None if there was none.
+    """
+
+    right: bool
+    reason: str
+    given: str | None
+
+
+def grade(answer: str, reference: str) -> Verdict:
+    r"""Grade a text by its final answer.
+
+    That is what follows ``####``, what the last ``\boxed{}`` holds, or, where nothing is marked, what
+    math-verify takes for it (an expression after "answer is", else the last one).
+
+    Args:
+        answer: the whole text.
+        reference: the final answer alone; `eaptk.questions.reference_answer` finds it in a solution.
+
+    Raises:
+        EaptkError: math-verify is not installed.
+    """
+    marked = marked_answer(answer)
+    text = answer.strip() if marked is None else marked
+    if text and _plain(text) == _plain(reference):
+        return Verdict(True, f"{text} is the reference", text)
+    expected = _expressions(reference if _has_math(reference) else f"${reference}$")
+    found = _expressions(answer if marked is None else rf"\boxed{{{marked}}}")
+    given = _shown(found, marked)
+    if given is None:
+        return Verdict(False, "no final answer found", None)
+    if not expected:
+        return Verdict(False, f"{given} is not {reference}, which cannot be read as mathematics", given)
+    if _verify(expected, found):
+        return Verdict(True, f"{given} equals {reference}", given)
+    return Verdict(False, f"{given} is not {reference}", given)
+
+
+def _shown(found: tuple[Any, ...], marked: str | None) -> str | None:
+    texts = [value for value in found if isinstance(value, str)]
+    return marked or (texts[0] if texts else str(found[0]) if found else None)
+
+
+def _plain(text: str) -> str:
+    """Text with what carries no meaning taken out: spaces, dollars, sizes of brackets, case."""
+    text = re.sub(r"\\(?:left|right|[,;!: ])|[$\s]", "", text)
+    return text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").rstrip(".").casefold()
+
+
+def _has_math(text: str) -> bool:
+    return "$" in text.replace(r"\$", "") or r"\boxed" in text
+
+
+@lru_cache(maxsize=4096)
+def _expressions(text: str) -> tuple[Any, ...]:
+    """What math-verify reads: an expression of sympy and its text, one of them, or nothing."""
+    return tuple(_math_verify().parse(text, parsing_timeout=_timeout()))
+
+
+def _verify(expected: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
+    return bool(_math_verify().verify(list(expected), list(found), timeout_seconds=_timeout()))
+
+
+def _timeout() -> int | None:
+    """math-verify's clock is a signal, which only the main thread may set."""
+    return _TIMEOUT if threading.current_thread() is threading.main_thread() else None
+
+
+def _math_verify() -> Any:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise EaptkError("grading needs math-verify: pip install 'eaptk[study]'") from error
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # what it could not read is in the verdict
+    return math_verify
