@@ -50,6 +50,7 @@ from eaptk.content import FILES, Rows, SampleArray, Summaries
 from eaptk.errors import EaptkError
 from eaptk.files import DAMAGED, explained, read_table, whole_file, write_table
 from eaptk.graph import Graph
+from eaptk.journal import append_journal, read_journal
 from eaptk.statistics import Histogram, Statistics, Summary
 from eaptk.sweep import Doubles, weighted_column_sums
 
@@ -245,28 +246,12 @@ class RunWriter:
 
     def answers(self) -> dict[int, list[int]]:
         """Answers kept so far by `keep_answers`: row to token ids."""
-        path = self.path / "answers.jsonl"
-        if not path.exists():
-            return {}
-        whole = path.read_bytes().rpartition(b"\n")[0]  # the last line may be torn
-        try:
-            return dict(json.loads(line) for line in whole.splitlines())
-        except (TypeError, ValueError) as error:
-            raise EaptkError(
-                f"{path} is damaged ({error}); delete it, and its prompts are answered again"
-            ) from error
+        return read_journal(self.path / "answers.jsonl")
 
     def keep_answers(self, answers: Mapping[int, Sequence[int]]) -> None:
         """Make generated answers durable before the run begins, so that a resume need not repeat them."""
-        path = self.path / "answers.jsonl"
-        with explained(self.path), open(path, "ab") as file:
-            # What a kill tore off must not run into the next line.
-            kept = path.read_bytes().rpartition(b"\n")
-            file.truncate(len(kept[0]) + len(kept[1]))
-            for row, tokens in answers.items():
-                file.write(json.dumps([row, list(tokens)]).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with explained(self.path):
+            append_journal(self.path / "answers.jsonl", answers)
 
     def begin(self, samples: pa.Table) -> None:
         """Fix the samples; from here on rows may be written."""
