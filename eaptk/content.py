@@ -189,7 +189,7 @@ class Summaries(Content):
         self._counts = SampleArray(folder / "histogram.npy", (n_samples, histogram.bins), np.uint32)
         pooled = [("sums", np.float64, (len(SUMS), graph.n_edges)), ("done", np.uint8, (n_samples,))]
         super().__init__([self._moments, self._counts], SampleArray(folder / "pooled.npy", (1,), pooled))
-        self._n_committed = 0
+        self._written = False
         #: The record with all that was written, and room for the next one.
         self._pooled: tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
@@ -199,7 +199,7 @@ class Summaries(Content):
 
     @property
     def pending(self) -> bool:
-        return int(self._pooled[0]["done"].sum()) > self._n_committed
+        return self._written
 
     def begin(self) -> None:
         # Each commit needs room for the new one beside the old.
@@ -210,7 +210,6 @@ class Summaries(Content):
         super().open(files)
         pooled = np.array(self._record.map())
         self._pooled = pooled, np.empty_like(pooled)
-        self._n_committed = int(pooled["done"].sum())
 
     def write(self, rows: Sequence[int], entries: Summary) -> None:
         old, new = self._pooled
@@ -221,15 +220,15 @@ class Summaries(Content):
         np.add(old["sums"], entries.sums, out=new["sums"])
         new["done"] = old["done"]
         new["done"][0, rows] = 1
+        self._written = True
         # One assignment: wherever an interrupt strikes, sums and record both have the batch or both lack it.
         self._pooled = new, old
 
     def commit(self) -> None:
         self._moments.sync()
         self._counts.sync()
-        pooled = self._pooled[0]
-        write_array(self._record.path, pooled)
-        self._n_committed = int(pooled["done"].sum())
+        write_array(self._record.path, self._pooled[0])
+        self._written = False
 
     def read(self) -> Statistics:
         """What is known by now, of the samples that are done."""

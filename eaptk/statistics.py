@@ -12,7 +12,7 @@ others. That is refused or left out, never estimated.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -134,15 +134,9 @@ class Statistics:
 
     def sweep(self, rows: Integers) -> Sweep:
         """What `eaptk.sweep.sweep` found in these rows."""
-        n_edges = self.graph.n_edges
         counts = self.counts[rows].astype(np.int64)
-        moments = dict(zip(MOMENTS, np.ascontiguousarray(self.moments[rows].T), strict=True))
-        return Sweep(
-            count=np.full(len(rows), n_edges),
-            histogram=counts,
-            above=n_edges - counts.sum(1),
-            **moments,
-        )
+        above = self.graph.n_edges - counts.sum(1)
+        return replace(self._moments(rows), histogram=counts, above=above)
 
     def means(self) -> tuple[Doubles, Doubles]:
         """[n_edges] each: mean |W| and mean W over the samples that are done."""
@@ -160,7 +154,7 @@ class Statistics:
         """
         finished = np.flatnonzero(self.done)
         n_zeros = n_structural_zeros(self.graph) if dense else 0
-        swept = self.sweep(finished).with_zeros(n_zeros)
+        swept = self._moments(finished).with_zeros(n_zeros)
         varies = swept.min < swept.max
         n = int(varies.sum())
         if n < 2 or not np.isin(finished[varies], rows).all():
@@ -168,6 +162,11 @@ class Statistics:
         centre = (swept.mean * unit_weights(swept)).sum()
         total = self.sums[SUMS.index("unit_dense" if dense else "unit")] - centre
         return float((total @ total + n_zeros * centre**2 - n) / (n * (n - 1)))
+
+    def _moments(self, rows: Integers) -> Sweep:
+        columns = np.ascontiguousarray(self.moments[rows].T)
+        count = np.full(len(rows), self.graph.n_edges)
+        return Sweep(count=count, **dict(zip(MOMENTS, columns, strict=True)))
 
 
 def unit_weights(swept: Sweep) -> Doubles:
