@@ -190,7 +190,7 @@ def strength_bar(figure: Figure | SubFigure, axes: list[Axes]) -> None:
 def change_bar(figure: Figure | SubFigure, axes: list[Axes], limit: float) -> None:
     """The colours of `change_panel`, beside the panels that share them."""
     bar = figure.colorbar(axes[0].images[0], ax=axes, extend="both", pad=0.02, fraction=0.05, aspect=30)
-    bar.set_label(f"relative change, clipped at ±{100 * limit:.3g}% ({_CLIP_PERCENTILE}th percentile)")
+    bar.set_label(f"relative change\nclipped at ±{100 * limit:.3g}% ({_CLIP_PERCENTILE}th percentile)")
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0")
     bar.outline.set_visible(False)
 
