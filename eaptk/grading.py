@@ -11,9 +11,14 @@ import re
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 
+import pyarrow as pa
+
+from eaptk.answers import Answers, with_columns
 from eaptk.errors import EaptkError
+from eaptk.progress import progress_bar
 from eaptk.questions import marked_answer
 
 #: Seconds that reading or comparing one expression may take.
@@ -101,3 +106,29 @@ def _math_verify() -> Any:
         raise EaptkError("grading needs math-verify: pip install 'eaptk[study]'") from error
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # what it could not read is in the verdict
     return math_verify
+
+
+def grade_answers(answers: Answers, progress: bool = True) -> Answers:
+    """Grade a file of answers and keep the verdicts in it: columns `right`, `reason` and `given`.
+
+    Verdicts that this version of math-verify gave before are kept.
+
+    Raises:
+        EaptkError: as `grade`, or the file cannot be written.
+    """
+    _math_verify()
+    judge = {"math-verify": version("math-verify")}
+    if answers.facts.get("grading") == judge:
+        return answers
+    texts, references = (answers.table[c].to_pylist() for c in ("answer", "reference"))
+    verdicts = []
+    with progress_bar("grading", len(texts), 0, progress, unit="answers") as advance:
+        for text, reference in zip(texts, references, strict=True):
+            verdicts.append(grade(text, reference))
+            advance(1)
+    columns = {
+        "right": pa.array([v.right for v in verdicts]),
+        "reason": pa.array([v.reason for v in verdicts], pa.string()),
+        "given": pa.array([v.given for v in verdicts], pa.string()),
+    }
+    return with_columns(answers, columns, grading=judge)

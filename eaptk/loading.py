@@ -20,6 +20,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
+def quiet_transformers() -> None:
+    """Standard error is for eaptk's own bar and its one line of error."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_config(name: str | os.PathLike[str]) -> Any:
     """The Hugging Face config of a model that can be scored.
 
