@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,8 @@ class EdgeScores:
     """Scores of one batch.
 
     Args:
-        rows: [B, n_edges] float32 (float64 for a float64 model), on the CPU; columns as `graph` numbers them.
+        rows: [B, n_edges] float32 (float64 for a float64 model), on the CPU unless `attribute` was asked to leave
+            them on the model's device; columns as `graph` numbers them.
         loss: [B] each sample's loss.
         graph: the graph the columns belong to.
     """
@@ -86,6 +86,7 @@ def attribute(
     means: Mapping[str, Tensor] | None = None,
     flush_layers: int | None = None,
     checkpoint: bool | None = None,
+    on_device: bool = False,
 ) -> EdgeScores:
     """Scores of every edge of every sample of a batch.
 
@@ -102,6 +103,7 @@ def attribute(
             goes on; memory against speed, the scores are the same to the bit. None: what memory asks for (`Plan`).
         checkpoint: keep of each layer its input alone, and run it again in the backward pass: another forward pass
             for memory that grows by a tensor [B, T, D] a layer. None: what memory asks for.
+        on_device: leave the rows on the model's device, for more work on them there.
 
     Raises:
         EaptkError: the graph is another model's; ablation and loss lack what they need; the loss or a score is
@@ -132,7 +134,9 @@ def attribute(
             contraction = _Contraction(run, sources, batch.lengths.tolist(), plan.flush_layers)
             run.backward(sample_losses.sum() * _loss_scale(model), contraction.layer_left)
         rows = contraction.finish()
-    rows = (rows / _loss_scale(model)).cpu()
+    rows = rows / _loss_scale(model)
+    if not on_device:
+        rows = rows.cpu()
     _check_finite(rows, batch, graph)
     return EdgeScores(rows, sample_losses.detach().cpu(), graph)
 
@@ -374,7 +378,7 @@ def check_means(means: Mapping[str, Tensor], run: Capture) -> None:
 def _check_finite(rows: Tensor, batch: Batch, graph: Graph) -> None:
     if bool(rows.isfinite().all()):
         return
-    sample, column = np.argwhere(~rows.isfinite().numpy())[0]
+    sample, column = (~rows.isfinite()).nonzero()[0].tolist()
     raise EaptkError(
         f"sample {batch.names[sample]!r}: the score of edge {graph.edge_name(column)} is "
         f"{rows[sample, column].item()} (try a wider dtype, or check the weights)"

@@ -195,15 +195,16 @@ def _score_rows(
                     ablation=ablation,
                     loss="nll" if loss == "self_nll" else loss,
                     means=means,
+                    on_device=histogram is not None,
                 )
+                scores = found.rows.to(row_dtype)
+                _check_range(scores, batch.names, graph)
+                kept = scores.numpy() if histogram is None else summarise(scores, graph, histogram)
             except torch.OutOfMemoryError as error:
                 raise EaptkError(
                     f"out of memory in a batch of {len(rows)} samples × {batch.ids.shape[1]} tokens; "
                     f"lower tokens_per_batch (now {tokens_per_batch})"
                 ) from error
-            scores = found.rows.to(row_dtype)
-            _check_range(scores, batch.names, graph)
-            kept = scores.numpy() if histogram is None else summarise(scores, graph, histogram)
             writer.write(rows, kept, found.loss.double().numpy())
             advance(sum(lengths[row] for row in rows))
 

@@ -30,6 +30,9 @@ DEFAULT_BINS = 100
 #: Moments of a row, fields of `Sweep`, in the order they are stored.
 MOMENTS = ("sum_abs", "sum", "m2", "m3", "m4", "min", "max")
 
+#: Edges that are added up at a time where rows lie on a device.
+_COLUMNS = 2**20
+
 #: Sums over samples, [n_edges] each, in the order they are stored: Σ|w|, Σw, and Σ w/‖w − mean‖ over the samples
 #: whose scores vary, the length being that of the real edges or of the matrix with its structural zeros.
 SUMS = ("absolute", "signed", "unit", "unit_dense")
@@ -88,14 +91,13 @@ def summarise_in_torch(scores: Tensor, graph: Graph, histogram: Histogram) -> Su
     by_name = {name: value.cpu().numpy() for name, value in vars(found).items()}
 
     def column_sums(weights: Doubles, absolute: bool = False) -> Doubles:
-        values = scores.abs() if absolute else scores
         on_device = torch.from_numpy(weights).to(scores.device)
-        # A row at a time: the batch in float64 would be twice its size again.
-        sums = torch.zeros(len(weights), scores.shape[1], dtype=torch.float64, device=scores.device)
-        for row, weight in zip(values, on_device.T, strict=True):
-            sums.addr_(weight, row.double())
-        result: Doubles = sums.cpu().numpy()
-        return result
+        sums = np.empty((len(weights), scores.shape[1]))
+        # A few columns at a time: sums of all edges in float64 may be larger than what memory is left.
+        for first in range(0, scores.shape[1], _COLUMNS):
+            part = scores[:, first : first + _COLUMNS].double()
+            sums[:, first : first + _COLUMNS] = (on_device @ (part.abs() if absolute else part)).cpu().numpy()
+        return sums
 
     return _summary(Sweep(**by_name), graph, column_sums)
 
