@@ -156,8 +156,29 @@ def inspect(
         str, typer.Argument(help="A run directory, or a model's folder or name.", metavar="RUN|MODEL")
     ],
     top: Annotated[int, typer.Option(min=1, help="How many of a run's strongest edges to show.")] = 10,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Predict memory, FLOPs and time of scoring one sample of a model.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Of that sample.")] = 512,
+    loss_tokens: Annotated[
+        int, typer.Option(min=1, help="Of them, how many carry loss: logits take memory there.")
+    ] = 256,
+    granularity: Annotated[
+        Literal["block", "head"], typer.Option(help="A node per block, or per head.")
+    ] = "block",
+    card: Annotated[
+        str, typer.Option(help="A100-80GB, H100, H200, B200, MI300X or cpu, by spec sheet.")
+    ] = "H100",
+    budget: Annotated[
+        str | None, typer.Option(help="Memory, weights included: 80GB, 64GiB; default: the card's.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights; default: what the config says."),
+    ] = None,
 ) -> None:
-    """Show what a run holds and its strongest edges, or a model's graph.
+    """Show what a run holds and its strongest edges, or a model's graph, or
+    with --plan what scoring it will take.
 
     Of a run that is going on, the rows done by now; of a model, no weights
     are read.
@@ -167,10 +188,32 @@ def inspect(
       eaptk inspect runs/rl --top 20
 
       eaptk inspect Qwen/Qwen2.5-0.5B
+
+      eaptk inspect --plan Qwen/Qwen2.5-7B --tokens 32768 --granularity head
     """
     from rich.console import Console
 
     console = Console()
+    if plan:
+        _quiet_transformers()
+        from eaptk.cards import find_card
+        from eaptk.loading import DTYPES, load_config
+        from eaptk.plan import foresee, parse_bytes
+        from eaptk.tables import plan_tables
+
+        found = find_card(card)
+        foreseen = foresee(
+            load_config(target),
+            granularity,
+            tokens,
+            card=found,
+            budget=None if budget is None else parse_bytes(budget),
+            n_loss=loss_tokens,
+            dtype=None if dtype is None else DTYPES[dtype],
+        )
+        for table in plan_tables(target, foreseen, found):
+            console.print(table)
+        return
     if (Path(target) / "manifest.json").exists():
         from eaptk.store import Run
         from eaptk.tables import run_facts, strongest_edges

@@ -10,18 +10,22 @@ makes (`flush_cuts`); sizes are estimates, and `tests/test_plan.py` holds them t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from eaptk.cards import COPIES, PASSES, PRODUCTS, Card
 from eaptk.errors import EaptkError
-from eaptk.graph import Graph
+from eaptk.graph import Granularity, Graph
 from eaptk.kernels.reference import chunk_tokens, group_starts
 from eaptk.sites import LayerSites, Reader, Sites
 
+#: Estimates are within a fifth of what is measured: what is to fit must fit with as much to spare.
+MARGIN = 1.25
 #: Scratch and partial sums of the Triton kernels, at most.
 KERNEL_SCRATCH = 128 * 2**20
 #: Activation functions that transformers spells out in single operations, each of which keeps its operand.
@@ -61,6 +65,7 @@ class Work:
         backward: what the backward pass of one layer holds besides.
         logits: at the loss positions, with what the loss makes of them.
         parameters, unembedding: weights in matrix products of all layers, and in the last one.
+        spared: of `parameters`, those that a layer run again stops before: nothing after them is kept.
         attention: FLOPs of all layers' products of queries, keys and values, forward.
         patched: sources are held of two prompts.
         on_gpu: the contraction's scratch is the kernels', not the reference's.
@@ -79,6 +84,7 @@ class Work:
     backward: int
     logits: int
     parameters: int
+    spared: int
     unembedding: int
     attention: int
     patched: bool
@@ -101,7 +107,10 @@ class Work:
         graph, layer = sites.graph, sites.layers[0]
         weight = next(layer.block.parameters())
         size, tokens = weight.itemsize, n_samples * n_tokens
-        width, query_width, kv_width = _widths(sites)
+        width = len(sites.norm_facts(layer.attention_norm)[0])
+        matrix: Any = layer.attention_output.weight
+        query_width = matrix.shape[0] + matrix.shape[1] - width
+        kv_width = query_width * graph.n_kv_heads // graph.n_heads
         matrices = [p for p in layer.mlp_read.parameters() if p.dim() == 2]
         inner = max((max(p.shape) for p in matrices), default=width)
         activation = getattr(config, "hidden_act", getattr(config, "activation_function", None))
@@ -128,6 +137,7 @@ class Work:
             parameters=sum(
                 p.numel() for each in sites.layers for p in each.block.parameters() if p.dim() == 2
             ),
+            spared=graph.n_layers * width * inner if layer.mlp_write is layer.mlp_read else 0,
             unembedding=vocabulary * width,
             attention=graph.n_layers * 4 * n_samples * n_tokens**2 * query_width // (1 if eager else 2),
             patched=patched,
@@ -213,7 +223,7 @@ class Work:
     @property
     def recompute_flops(self) -> int:
         """Of all layers' second forward pass under checkpointing."""
-        return 2 * self.parameters * self.n_samples * self.n_tokens + self.attention
+        return 2 * (self.parameters - self.spared) * self.n_samples * self.n_tokens + self.attention
 
     def contraction_flops(self, flush_layers: int) -> int:
         """Of the products, those without an edge that a group costs included."""
@@ -250,7 +260,8 @@ class Work:
 
     def _sources_read(self, readers: Sequence[Reader]) -> range:
         """Layers whose attention these destinations read."""
-        return range(min(readers[-1].layer + (readers[-1].name[0] == "m"), self.graph.n_layers))
+        a_layer = 2 if self.graph.granularity == "block" else self.graph.n_heads + 1
+        return range(-(-(readers[-1].reach - 1) // a_layer))
 
 
 @dataclass(frozen=True)
@@ -276,21 +287,52 @@ class Plan:
         flush_layers: int | None = None,
         checkpoint: bool | None = None,
     ) -> Plan:
-        """The fastest dials that fit into `memory`; the most frugal if none do. What is given is not changed.
+        """The fastest dials that fit into `memory` with `MARGIN`; the most frugal if none do. Given ones are kept.
 
         Raises:
             EaptkError: `flush_layers` is no number of layers.
         """
         if flush_layers is not None and flush_layers < 1:
             raise EaptkError(f"flush_layers is {flush_layers}; it must be at least 1")
-        plan = None
+        plans = []
         for recompute in (False, True) if checkpoint is None else (checkpoint,):
             for layers in _halved(work.graph.n_layers) if flush_layers is None else [flush_layers]:
-                plan = cls(work, memory, layers, recompute, work.peak(layers, recompute))
-                if plan.peak <= memory:
-                    return plan
-        assert plan is not None
-        return plan
+                plans.append(cls(work, memory, layers, recompute, work.peak(layers, recompute)))
+                if plans[-1].fits:
+                    return plans[-1]
+        return min(plans, key=lambda plan: plan.peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak * MARGIN <= self.memory
+
+    @property
+    def waiting(self) -> int:
+        """Most bytes of gradients, and of the streams their norms read, that wait to be contracted."""
+        flushes = dict(self.work.flushes(self.flush_layers))
+        most, readers = 0, [self.work.readers[-1]]
+        for layer in range(self.work.graph.n_layers - 1, -1, -1):
+            readers = [r for r in self.work.readers if r.layer == layer] + readers
+            most = max(most, self.work.gradients(readers))
+            readers = [r for r in readers if r not in flushes.get(layer, [])]
+        return most
+
+    def seconds(self, card: Card) -> dict[str, float]:
+        """Predicted of each part, from the card's spec sheet and the shares of it in `eaptk.cards`; not measured."""
+        work, rate = self.work, card.rate(self.work.itemsize)
+        products = work.contraction_flops(self.flush_layers) / (rate * PRODUCTS)
+        reading = work.contraction_bytes(self.flush_layers) / (card.bandwidth * COPIES)
+        return {
+            "passes": work.bare_flops / (rate * PASSES),
+            "recomputation": work.recompute_flops / (rate * PASSES) if self.checkpoint else 0.0,
+            "expansion": work.expansion_flops(self.flush_layers) / (rate * PRODUCTS),
+            "contraction": max(products, reading),
+        }
+
+    def overhead(self, card: Card) -> float:
+        """Predicted time over that of the bare passes under the same checkpointing."""
+        parts = self.seconds(card)
+        return sum(parts.values()) / (parts["passes"] + parts["recomputation"])
 
 
 def free_memory(device: torch.device) -> int:
@@ -304,16 +346,63 @@ def free_memory(device: torch.device) -> int:
         return 2**63 - 1
 
 
-def without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """A causal LM whose tensors have shapes but no content.
+def foresee(
+    config: Any,
+    granularity: Granularity,
+    n_tokens: int,
+    *,
+    card: Card,
+    budget: int | None = None,
+    n_loss: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """The plan for one sample of a model that is not loaded.
 
     Args:
+        config: the Hugging Face config.
+        budget: bytes for all, weights included; None: the card's memory.
+        n_loss: positions that carry loss; None: 256, or all if there are fewer.
         dtype: of the weights; None: what the config says.
+
+    Raises:
+        EaptkError: the weights alone exceed the budget, or the model cannot be scored.
     """
+    model = without_weights(config, dtype)
+    sites = Sites(model, Graph.from_config(config, granularity))
+    n_loss = min(n_tokens, 256 if n_loss is None else n_loss)
+    work = Work.of(model, sites, 1, n_tokens, n_loss=n_loss, on_gpu=card.name != "cpu")
+    budget = card.memory if budget is None else budget
+    if work.weights >= budget:
+        raise EaptkError(
+            f"the weights alone take {work.weights / 1e9:.1f} GB of a budget of {budget / 1e9:.1f} GB; "
+            f"raise --budget, or spread the model over several cards"
+        )
+    return Plan.within(budget - work.weights, work)
+
+
+def without_weights(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A causal LM whose tensors have shapes but no content."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes as people write it: ``80GB`` (powers of 1000), ``64GiB`` (of 1024), ``8e9``.
+
+    Raises:
+        EaptkError: it is no such thing.
+    """
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?(?:([kMGT])(i?))?B?", text.strip())
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if found is None or not number >= 1:
+        raise EaptkError(f"{text!r} is no amount of memory; write 80GB, 64GiB or 500MB")
+    power = " kMGT".index(found[2] or " ")
+    return int(number * (1024 if found[3] else 1000) ** power)
 
 
 def _halved(n: int) -> list[int]:
@@ -329,23 +418,13 @@ def _groups(readers: Sequence[Reader]) -> list[Sequence[Reader]]:
     return [readers[a:b] for a, b in zip(starts, [*starts[1:], len(readers)], strict=True)]
 
 
-def _widths(sites: Sites) -> tuple[int, int, int]:
-    """D, and the widths of queries and keys."""
-    layer, graph = sites.layers[0], sites.graph
-    width = sites.unembedding.weight.shape[1]
-    shape = layer.attention_output.weight.shape
-    query_width = shape[0] * shape[1] // width
-    return width, query_width, query_width * graph.n_kv_heads // graph.n_heads
-
-
 def _norm_bytes(sites: Sites, layer: LayerSites, query_width: int, kv_width: int) -> int:
     """What autograd keeps of one token's norms: RMS norms compute, and keep their input, in float32 or wider."""
-    width = sites.unembedding.weight.shape[1]
+    gain, _, centred = sites.norm_facts(layer.attention_norm)
     widths = 0
     for module in layer.block.modules():
-        gain = getattr(module, "weight", None)
-        if gain is None or gain.dim() != 1:
-            continue
-        widths += width if len(gain) == width else (query_width + kv_width) // 2
-    size = layer.attention_norm.weight.itemsize
-    return widths * (size if sites.architecture.norm == "layer" else max(4, size))
+        own = getattr(module, "weight", None)
+        if isinstance(own, Tensor) and own.dim() == 1:
+            widths += len(gain) if len(own) == len(gain) else (query_width + kv_width) // 2
+    size = gain.itemsize
+    return widths * (size if centred else max(4, size))

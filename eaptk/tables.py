@@ -10,10 +10,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eaptk.cards import COPIES, PASSES, PRODUCTS, Card
 from eaptk.errors import EaptkError
 from eaptk.files import DAMAGED
 from eaptk.graph import Graph
 from eaptk.identities import Check
+from eaptk.plan import MARGIN, Plan
 from eaptk.store import Run
 
 
@@ -86,6 +88,72 @@ def graph_facts(name: str, config: Any, graphs: Sequence[Graph]) -> Table:
         numbers = (graph.n_sources, graph.n_destinations, graph.n_edges, 4 * graph.n_edges)
         _add(table, graph.granularity, *(f"{number:,}" for number in numbers))
     return table
+
+
+def plan_tables(name: str, plan: Plan, card: Card) -> list[Table]:
+    """What scoring one sample will take: memory, work and time, and what was chosen."""
+    work, layers = plan.work, plan.work.graph.n_layers
+    group = (
+        f"{plan.flush_layers} of {layers} layers" if plan.flush_layers < layers else f"all {layers} layers"
+    )
+    by_head = work.graph.granularity == "head"
+    memory = _table(f"{name}, {work.n_tokens:,} tokens, {work.graph.granularity} level, {card.name}: memory")
+    for heading, justify in (("part", "left"), ("GB", "right"), ("what", "left")):
+        memory.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    kept = f"the inputs of {layers} layers; the rest is computed again" if plan.checkpoint else ""
+    for part, size, what in (
+        ("weights", work.weights, f"{work.itemsize} bytes each"),
+        (
+            "kept by autograd",
+            layers * (work.stream if plan.checkpoint else work.kept),
+            kept or f"of {layers} layers, as without attribution",
+        ),
+        *([("one layer again", work.kept, "while it is run again")] if plan.checkpoint else []),
+        (
+            "sources",
+            work.sources,
+            f"what {work.graph.n_sources:,} nodes wrote" + ", before projection" * by_head,
+        ),
+        ("gradients", plan.waiting, f"of {group} at a time, and the streams their norms read"),
+        ("logits", work.logits, f"at {work.n_loss:,} positions with loss, and what the loss makes of them"),
+        ("scratch", work.scratch(work.readers), "of the contraction, at most"),
+        ("rows", work.rows, f"{work.graph.n_edges:,} edges"),
+    ):
+        _add(memory, part, f"{size / 1e9:.3f}", what)
+    total, budget = work.weights + plan.peak, work.weights + plan.memory
+    verdict = "fits" if plan.fits else f"does not fit with {MARGIN - 1:.0%} to spare for what is estimated"
+    _add(
+        memory,
+        Text("peak", "bold"),
+        Text(f"{total / 1e9:.3f}", "bold"),
+        f"of {budget / 1e9:.1f} GB: {verdict}; not the sum, as parts come and go "
+        f"(bare passes: {(work.weights + work.bare_peak(plan.checkpoint)) / 1e9:.3f})",
+    )
+    time = _table("work and time, predicted from the spec sheet, not measured")
+    for heading, justify in (("part", "left"), ("TFLOP", "right"), ("ms", "right"), ("what", "left")):
+        time.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    seconds = plan.seconds(card)
+    for part, flops, what in (
+        ("passes", work.bare_flops, "forward, and backward to activations: 4 FLOPs a weight and token"),
+        ("recomputation", work.recompute_flops, "every layer forward once more"),
+        ("expansion", work.expansion_flops(plan.flush_layers), "heads to the model's width"),
+        ("contraction", work.contraction_flops(plan.flush_layers), f"in flush groups of {group}"),
+    ):
+        if seconds[part]:
+            _add(time, part, f"{flops / 1e12:.4g}", f"{1e3 * seconds[part]:.4g}", what)
+    _add(
+        time,
+        Text("overhead", "bold"),
+        "",
+        Text(f"{plan.overhead(card):.3f}×", "bold"),
+        "the bare passes" + (", recomputation included" if plan.checkpoint else ""),
+    )
+    time.caption = Text(
+        f"{card.source}: {card.rate(work.itemsize) / 1e12:g} TFLOP/s, {card.bandwidth / 1e12:g} TB/s. Assumed shares "
+        f"of these: passes {PASSES:.0%}, contraction {PRODUCTS:.0%} of FLOPs and {COPIES:.0%} of bandwidth."
+    )
+    time.caption_justify = "left"
+    return [memory, time]
 
 
 def identities(name: str, checks: Sequence[Check]) -> Table:
