@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 #: From the ground up. Modules of one floor do not import each other; within kernels/ they may.
 FLOORS = [
     {"errors", "kernels", "progress", "_native"},
-    {"architecture", "files", "journal", "sweep"},
+    {"architecture", "cards", "files", "journal", "sweep"},
     {"graph", "loading"},
     {"statistics"},
     {"content"},
