@@ -46,6 +46,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def run_again(block: nn.Module) -> Iterator[None]:
+    """Of what the block computes keep its input alone; the backward pass runs it again."""
+    # Hugging Face's own switch acts in training mode alone.
+    own = vars(block).get("forward")
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
 class Capture:
     """Sources, and with `gradients` destinations, of one forward pass run inside the context.
 
@@ -79,7 +93,7 @@ class Capture:
                     self._hook_destinations(index, layer)
                     self._before(layer.block, self._watch(index))
                 if self._recompute:
-                    self._checkpoint(layer.block)
+                    self._hooks.enter_context(run_again(layer.block))
             if self._with_gradients:
                 self._tap_input(self.sites.final_norm, "logits")
         except BaseException:
@@ -192,15 +206,6 @@ class Capture:
                 stream.register_hook(left)
 
         return watch
-
-    def _checkpoint(self, block: nn.Module) -> None:
-        # Hugging Face's own switch acts in training mode alone.
-        own = vars(block).get("forward")
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        if own is None:
-            self._hooks.callback(delattr, block, "forward")
-        else:
-            self._hooks.callback(setattr, block, "forward", own)
 
     def _record(self, key: str) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:

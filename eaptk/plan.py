@@ -26,14 +26,16 @@ from eaptk.sites import LayerSites, Reader, Sites
 
 #: Estimates are within a fifth of what is measured: what is to fit must fit with as much to spare.
 MARGIN = 1.25
-#: Scratch and partial sums of the Triton kernels, at most.
-KERNEL_SCRATCH = 128 * 2**20
+#: Chunks and partial sums of the Triton kernels, at most.
+KERNEL_SCRATCH = 512 * 2**20
 #: Activation functions that transformers spells out in single operations, each of which keeps its operand.
 _SPELLED_OUT = ("gelu_new", "gelu_fast", "gelu_accurate", "quick_gelu")
 
 
 def flush_cuts(readers: Sequence[Reader], flush_layers: int) -> dict[int, int]:
     """When gradients are contracted: after `flush_layers` layers or, as groups are not split, soon after.
+
+    The logits' are never contracted alone: one row is not worth reading every source.
 
     Returns:
         By layer that the backward pass has left, the first reader of those contracted then. What remains is
@@ -47,7 +49,7 @@ def flush_cuts(readers: Sequence[Reader], flush_layers: int) -> dict[int, int]:
     cuts, last = {}, len(readers)
     for layer in range(n_layers - 1, 0, -1):
         cut = next((start for start in starts if start >= first[layer]), last)
-        if last_layer - layer >= flush_layers and cut < last:
+        if last_layer - layer >= flush_layers and cut < min(last, len(readers) - 1):
             cuts[layer] = last = cut
             last_layer = layer
     return cuts
@@ -169,7 +171,9 @@ class Work:
     def scratch(self, readers: Sequence[Reader]) -> int:
         """Bytes that contracting these destinations takes for itself."""
         if self.on_gpu:
-            return KERNEL_SCRATCH
+            # Three numbers of each token and row behind a norm.
+            normed = sum(r.rows for r in readers if r.normed)
+            return KERNEL_SCRATCH + 12 * self.n_samples * self.n_tokens * normed
         n_sources, element = self.graph.n_sources, max(4, self.itemsize)
         tokens = min(self.n_tokens, chunk_tokens(n_sources, self.width))
         rows = max(sum(r.rows for r in group) for group in _groups(readers))
