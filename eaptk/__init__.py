@@ -13,6 +13,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Answered": "selection",
+    "Answers": "answers",
     "Architecture": "architecture",
     "Batch": "batch",
     "EaptkError": "errors",
@@ -21,15 +23,23 @@ _HOME = {
     "Node": "graph",
     "Run": "store",
     "Sample": "batch",
+    "Study": "study_file",
+    "answer_questions": "answers",
     "attribute": "attribution",
     "check": "identities",
     "collate": "batch",
     "compare": "comparison",
     "exact_effects": "intervention",
+    "grade": "grading",
+    "grade_answers": "grading",
     "measure": "metrics",
+    "read_questions": "questions",
     "read_samples": "dataset",
+    "read_study": "study_file",
     "register_architecture": "architecture",
+    "run_study": "study",
     "score": "run",
+    "select": "selection",
     "source_means": "attribution",
 }
 

@@ -110,6 +110,18 @@ class Answers:
         prompts, answers = (self.table[c].to_pylist() for c in ("prompt_ids", "answer_ids"))
         return [Sample(name, tuple(prompts[rows[name]]), tuple(answers[rows[name]])) for name in ids]
 
+    def write_samples(self, path: Path, ids: Sequence[str]) -> None:
+        """Write what `eaptk.score` reads: id, prompt_ids and answer_ids of the questions named."""
+        samples = self.samples(ids)
+        columns = {
+            "id": [sample.id for sample in samples],
+            "prompt_ids": [list(sample.prompt_ids) for sample in samples],
+            "answer_ids": [list(sample.answer_ids) for sample in samples],
+        }
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_table(path, pa.table(columns))
+
     def write(self) -> None:
         """Write the file, whole or not at all."""
         table = self.table.replace_schema_metadata({_FACTS: json.dumps(self.facts).encode()})

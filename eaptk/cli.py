@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from eaptk.errors import EaptkError
+from eaptk.study_cli import COMMANDS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +63,10 @@ def score(
             help="On the given answers, the model's own greedy ones, answer against foil, or KL to clean."
         ),
     ] = "nll",
+    given_answers: Annotated[
+        bool,
+        typer.Option("--given-answers", help="With self-nll: the data has the model's own answers already."),
+    ] = False,
     cut: Annotated[
         int | None, typer.Option(min=1, help="Score at most this many tokens of an answer.")
     ] = None,
@@ -115,7 +120,9 @@ def score(
     """
     started = time.monotonic()
     try:
-        _quiet_transformers()
+        from eaptk.loading import quiet_transformers
+
+        quiet_transformers()
         from eaptk.run import score as score_dataset
 
         run = score_dataset(
@@ -126,6 +133,7 @@ def score(
             qkv=qkv,
             ablation=ablation,
             loss=loss.replace("-", "_"),  # type: ignore[arg-type]
+            given_answers=given_answers,
             cut=cut,
             max_new_tokens=max_new_tokens,
             tokens_per_batch=tokens_per_batch,
@@ -195,7 +203,9 @@ def inspect(
 
     console = Console()
     if plan:
-        _quiet_transformers()
+        from eaptk.loading import quiet_transformers
+
+        quiet_transformers()
         from eaptk.cards import find_card
         from eaptk.loading import DTYPES, load_config
         from eaptk.plan import foresee, parse_bytes
@@ -223,7 +233,9 @@ def inspect(
         if run.done.any():
             console.print(strongest_edges(run, top))
     else:
-        _quiet_transformers()
+        from eaptk.loading import quiet_transformers
+
+        quiet_transformers()
         from eaptk.graph import Graph
         from eaptk.loading import load_config
         from eaptk.tables import graph_facts
@@ -377,7 +389,9 @@ def check(
 
       eaptk check checkpoints/rl --edges 50 --dtype float32
     """
-    _quiet_transformers()
+    from eaptk.loading import quiet_transformers
+
+    quiet_transformers()
     from rich.console import Console
 
     from eaptk.identities import check as check_identities
@@ -430,14 +444,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         raise EaptkError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _quiet_transformers() -> None:
-    """Standard error is for eaptk's own bar and its one line of error."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+for _command in COMMANDS:
+    app.command()(_command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,3 +157,34 @@ def explained(path: Path) -> Iterator[None]:
             remedy = "free some space and repeat the command, finished rows are kept"
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise EaptkError(f"cannot write run {path}: {reason}; {remedy}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all; the folder is made if it is not there.
+
+    Raises:
+        EaptkError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise EaptkError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        EaptkError: it is missing, or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EaptkError(f"{path} is missing; repeat the command that made it") from None
+    except (OSError, ValueError) as error:
+        raise EaptkError(
+            f"{path} cannot be read ({error}); delete it, and repeat the command that made it"
+        ) from error

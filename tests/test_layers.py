@@ -35,9 +35,12 @@ FLOORS = [
     {"comparison"},
     {"experiment"},
     {"replicates", "selection", "sensitivity", "validation"},
+    {"study_console", "study_file"},
     {"figures", "study_tables"},
     {"tables", "study_figures"},
     {"report"},
+    {"study"},
+    {"study_cli"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,66 @@
+"""What a study prints while it runs. Names are shown to the letter, whatever brackets or colons they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from eaptk.answers import Answers
+from eaptk.experiment import Stage
+
+
+def funnel(title: str, stages: Sequence[Stage], notes: Sequence[str] = ()) -> Table:
+    """How many questions each stage let through, and why the others left."""
+    table = _table(title, notes)
+    table.add_column("stage")
+    for heading in ("in", "out"):
+        table.add_column(heading, justify="right")
+    table.add_column("why the others left")
+    for stage in stages:
+        table.add_row(Text(stage.name), f"{stage.n_in:,}", f"{stage.n_out:,}", Text(stage.why))
+    return table
+
+
+def answered(answers: Mapping[tuple[str, str], Answers]) -> Table:
+    """How many answers of each model and data set are right, finished, and how long they are."""
+    table = _table("answers", ())
+    for heading in ("model", "questions"):
+        table.add_column(heading)
+    for heading in ("asked", "finished", "right", "mean tokens"):
+        table.add_column(heading, justify="right")
+    for (model, dataset), each in answers.items():
+        right = each.right
+        table.add_row(
+            Text(model),
+            Text(dataset),
+            f"{len(each):,}",
+            f"{sum(each.table['finished'].to_pylist()):,}",
+            f"{right.sum():,} ({right.mean():.0%})",
+            f"{each.lengths.mean():.1f}",
+        )
+    return table
+
+
+def verdicts(answers: Answers, n: int) -> Table:
+    """The first `n` answers that are wrong, with the reason."""
+    table = _table("wrong answers", ())
+    table.add_column("question")
+    table.add_column("reason", overflow="fold")
+    wrong = [row for row in answers.table.select(["id", "right", "reason"]).to_pylist() if not row["right"]]
+    for row in wrong[:n]:
+        table.add_row(Text(row["id"]), Text(row["reason"]))
+    return table
+
+
+def _table(title: str, notes: Sequence[str]) -> Table:
+    return Table(
+        title=Text(title, "table.title"),
+        title_justify="left",
+        caption=Text("\n".join(f"note: {note}" for note in notes)) if notes else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )

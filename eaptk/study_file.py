@@ -1,0 +1,450 @@
+"""What a study is: models, families, questions and every option, from a YAML file or from flags.
+
+    name: my-study
+    models:
+      sft: checkpoints/sft                    # a folder (relative to this file) or a name on the hub
+      rl: {path: checkpoints/rl, prompt: chat}
+    datasets: [gsm8k, math500]
+
+Nothing else is needed: the first model is the baseline of every other. docs/study.md has all keys. Keys that are
+unknown are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from eaptk.answers import Engine
+from eaptk.errors import EaptkError
+from eaptk.files import is_meant_as_path
+from eaptk.graph import Granularity, Qkv
+from eaptk.prompts import find_template
+from eaptk.questions import READY_MADE, QuestionSet, question_set
+from eaptk.resampling import Resampling
+from eaptk.selection import PROTOCOLS, Protocol
+
+ALPHAS = (0.03, 0.1, 0.3, 0.5)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and how it is asked.
+
+    Args:
+        path: a folder, or a name on the hub.
+        prompt: a template; see `eaptk.prompts`. None: the study's.
+        stop: tokens that end an answer, besides the template's and the model's own.
+        max_new_tokens: of the longest answer. None: the study's.
+        dtype, attention: as for `load_model`.
+    """
+
+    path: str
+    prompt: str | None = None
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    attention: Literal["sdpa", "eager"] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that are compared with each other; the first is the baseline.
+
+    Args:
+        name: of the family.
+        models: [k] names.
+        method: what families are grouped by; the family's own name by default.
+        steps: [k] position of each model along training, for a series of checkpoints.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    method: str
+    steps: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How models answer; see `eaptk.answers.answer_questions`."""
+
+    prompt: str = "plain"
+    max_new_tokens: int = 512
+    tokens_per_batch: int = 16384
+    engine: Engine = "transformers"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How answers are scored; see `eaptk.score`."""
+
+    granularity: Granularity = "block"
+    qkv: Qkv = "split"
+    ablation: Literal["zero", "mean"] = "zero"
+    tokens_per_batch: int = 4096
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """How runs are compared; see `eaptk.compare`."""
+
+    bins: int = 100
+    upper: float | None = None
+    confidence: float = 0.95
+    resamples: int = 10_000
+    seed: int = 0
+
+    @property
+    def resampling(self) -> Resampling:
+        return Resampling(self.confidence, self.resamples, self.seed)
+
+
+@dataclass(frozen=True)
+class Validating:
+    """How first-order scores are held against exact ablation; see `eaptk.validation.validate`.
+
+    Args:
+        edges, samples: of the subset; none where either is 0.
+        alpha: the α whose runs are validated; None: the smallest.
+        seed: of the edges.
+    """
+
+    edges: int = 64
+    samples: int = 8
+    alpha: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study.
+
+    Args:
+        name: of it.
+        models: by name.
+        families: see there.
+        datasets: sets of questions by name.
+        alphas: shares of the reference length that answers are cut to.
+        protocol: how questions are selected.
+        drop_short: leave out questions with an answer shorter than the cut.
+        device: for all models; None: cuda if there is one.
+        dtype: of weights, where a model does not say; None: as saved.
+        generation, scoring, comparison, validation: see there.
+    """
+
+    name: str
+    models: Mapping[str, Model]
+    families: tuple[Family, ...]
+    datasets: Mapping[str, QuestionSet]
+    alphas: tuple[float, ...] = ALPHAS
+    protocol: Protocol = PROTOCOLS["paper-code"]
+    drop_short: bool = False
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    generation: Generation = field(default_factory=Generation)
+    scoring: Scoring = field(default_factory=Scoring)
+    comparison: Comparing = field(default_factory=Comparing)
+    validation: Validating = field(default_factory=Validating)
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise EaptkError("a study needs questions: give at least one dataset")
+        if not self.families:
+            raise EaptkError("a study compares models: give at least two, the baseline first")
+        if not self.alphas or not all(0 < alpha <= 1 for alpha in self.alphas):
+            raise EaptkError(f"alphas are {list(self.alphas)}; give shares of the answer, in (0, 1]")
+        for what, names in (
+            ("models", [*self.models]),
+            ("families", [family.name for family in self.families]),
+            ("datasets", [*self.datasets]),
+        ):
+            _distinct(what, names)
+        _distinct("alphas", [f"{alpha:g}" for alpha in self.alphas])
+        for model in self.models.values():
+            find_template(model.prompt or self.generation.prompt)
+        for family in self.families:
+            _check_family(family, self.models)
+        if self.validation.alpha is not None and self.validation.alpha not in self.alphas:
+            raise EaptkError(f"validation.alpha is {self.validation.alpha}; it must be one of the alphas")
+
+    @property
+    def used_models(self) -> tuple[str, ...]:
+        """Names of the models that a family has, in the order of the file."""
+        return tuple(n for n in self.models if any(n in family.models for family in self.families))
+
+
+#: Mappings of options.
+_OPTIONS: dict[str, type[Any]] = {
+    "generation": Generation,
+    "scoring": Scoring,
+    "comparison": Comparing,
+    "validation": Validating,
+}
+
+
+def read_study(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Study:
+    """A study from its YAML file; folders and files in it are relative to where it lies.
+
+    Args:
+        path: of the file.
+        changes: replace what the file says; of a mapping of options only the keys given.
+
+    Raises:
+        EaptkError: no such file, no YAML, an unknown key, a value of another type, or what `Study` refuses.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise EaptkError("reading a study file needs PyYAML: pip install 'eaptk[study]'") from error
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EaptkError(f"cannot read the study file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EaptkError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise EaptkError(f"{path} is no study: it needs the keys models and datasets")
+    content.setdefault("name", path.resolve().parent.name if path.stem == "study" else path.stem)
+    for key, value in (changes or {}).items():
+        if key in _OPTIONS or key == "selection":
+            value = _mapping(content.get(key), key) | value
+        content[key] = value
+    try:
+        return make_study(content, path.parent)
+    except EaptkError as error:
+        raise EaptkError(f"{path}: {error}") from error
+
+
+def make_study(content: Mapping[str, Any], folder: Path = Path()) -> Study:
+    """A study from what a YAML file holds.
+
+    Args:
+        content: see docs/study.md.
+        folder: what paths are relative to.
+
+    Raises:
+        EaptkError: as `read_study`.
+    """
+    _known_keys(content, [*(f.name for f in fields(Study)), "selection"], "the study")
+    models = _models(content.get("models"), folder)
+    families = _families(content.get("families"), models, folder)
+    simple = {
+        key: content[key] for key in ("name", "alphas", "drop_short", "device", "dtype") if key in content
+    }
+    options = {key: _build(kind, content.get(key), key) for key, kind in _OPTIONS.items()}
+    return _build(
+        Study,
+        simple
+        | options
+        | {
+            "models": models,
+            "families": families,
+            "datasets": _datasets(content.get("datasets"), folder),
+            "protocol": _protocol(content.get("protocol", "paper-code"), content.get("selection")),
+        },
+        "the study",
+    )
+
+
+def _models(given: Any, folder: Path) -> dict[str, Model]:
+    if not isinstance(given, Mapping) or not given:
+        raise EaptkError("models must map names to folders or names on the hub: {sft: checkpoints/sft, …}")
+    models = {}
+    for name, value in given.items():
+        where = f"models.{name}"
+        model = _build(Model, value if isinstance(value, Mapping) else {"path": value}, where)
+        models[str(name)] = replace(model, path=_place(model.path, folder, where))
+    return models
+
+
+def _place(name: str, folder: Path, where: str) -> str:
+    """A folder beside the study file, else a name on the hub."""
+    here = folder / name
+    if here.exists():
+        return str(here)
+    if is_meant_as_path(name):
+        raise EaptkError(f"{where}: there is no {here}")
+    return name
+
+
+def _families(given: Any, models: dict[str, Model], folder: Path) -> tuple[Family, ...]:
+    """Families as given, and the checkpoints of series added to `models`."""
+    if given is None:
+        baseline, *others = models
+        return tuple(Family(name, (baseline, name), name) for name in others)
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise EaptkError("families must be a list of {name: …, models: [baseline, …]}")
+    return tuple(_family(each, f"families[{i}]", models, folder) for i, each in enumerate(given))
+
+
+def _family(given: Any, where: str, models: dict[str, Model], folder: Path) -> Family:
+    if not isinstance(given, Mapping):
+        raise EaptkError(f"{where} must be a mapping: {{name: …, models: [baseline, …]}}")
+    _known_keys(given, ["name", "method", "models", "steps", "baseline", "checkpoints"], where)
+    content = dict(given)
+    if "checkpoints" in content:
+        if "models" in content or "steps" in content or "baseline" not in content:
+            raise EaptkError(f"{where}: checkpoints go with a baseline, and with neither models nor steps")
+        name = str(content.get("name", content["checkpoints"]))
+        start = str(content.pop("baseline"))
+        if start not in models:
+            raise EaptkError(f"{where}: {_guess(start, [*models], 'baseline')}")
+        found = _checkpoints(str(content.pop("checkpoints")), folder, where)
+        series = {f"{name} {step:g}": replace(models[start], path=str(path)) for step, path in found}
+        if clash := series.keys() & models.keys():
+            raise EaptkError(f"{where}: {min(clash)!r} is a model already; give the family another name")
+        models |= series
+        content |= {"models": [start, *series], "steps": [0.0, *(step for step, _ in found)]}
+    content.setdefault("name", " ".join(map(str, content.get("models", ())[-1:])))
+    content.setdefault("method", content["name"])
+    return _build(Family, content, where)
+
+
+def _checkpoints(pattern: str, folder: Path, where: str) -> list[tuple[float, Path]]:
+    """Folders that match, by the last number in their name."""
+    found = []
+    for path in folder.glob(pattern):
+        numbers = re.findall(r"\d+", path.name)
+        if path.is_dir() and numbers:
+            found.append((float(numbers[-1]), path))
+    if not found:
+        raise EaptkError(
+            f"{where}: no folder {folder / pattern} with a step in its name, as in checkpoint-100"
+        )
+    found.sort(key=lambda pair: pair[0])
+    _distinct(f"{where}: steps", [f"{step:g}" for step, _ in found])
+    return found
+
+
+def _datasets(given: Any, folder: Path) -> dict[str, QuestionSet]:
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, Sequence):
+        given = {
+            Path(str(name)).stem if str(name) not in READY_MADE else str(name): {"source": name}
+            for name in given
+        }
+    if not isinstance(given, Mapping):
+        raise EaptkError(
+            f"datasets must be a list of names ({', '.join(READY_MADE)}) or files, or map names to them"
+        )
+    found = {}
+    for name, value in given.items():
+        content = dict(value) if isinstance(value, Mapping) else {"source": value}
+        where = f"datasets.{name}"
+        _known_keys(content, [f.name for f in fields(QuestionSet)], where)
+        source = str(content.pop("source", name))
+        if source not in READY_MADE:
+            split = source.partition(":")
+            source = _place(split[0], folder, where) + "".join(split[1:])
+        found[str(name)] = _build(QuestionSet, vars(question_set(source, **content)), where)
+    return found
+
+
+def _protocol(name: Any, changes: Any) -> Protocol:
+    if name not in PROTOCOLS:
+        raise EaptkError(_guess(str(name), [*PROTOCOLS], "protocol"))
+    if changes is None:
+        return PROTOCOLS[name]
+    if isinstance(changes, Mapping) and "name" in changes:
+        raise EaptkError("selection has no 'name'; protocol names it")
+    return _build(Protocol, vars(PROTOCOLS[name]) | _mapping(changes, "selection"), "selection")
+
+
+def _check_family(family: Family, models: Mapping[str, Model]) -> None:
+    where = f"family {family.name!r}"
+    for name in family.models:
+        if name not in models:
+            raise EaptkError(f"{where}: {_guess(name, [*models], 'model')}")
+    if len(family.models) < 2:
+        raise EaptkError(f"{where} has {len(family.models)} models; two are needed, the baseline first")
+    _distinct(f"{where}: models", family.models)
+    if family.steps is not None and len(family.steps) != len(family.models):
+        raise EaptkError(
+            f"{where} has {len(family.steps)} steps for {len(family.models)} models; give one each"
+        )
+
+
+def folder_name(name: str) -> str:
+    """A name as a folder: what is no letter, digit or one of ``. _ + = @ -`` becomes ``-``."""
+    return re.sub(r"[^\w.+=@-]+", "-", name).strip("-.") or "-"
+
+
+def _distinct(what: str, names: Sequence[str]) -> None:
+    folders: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name)
+        if folder in folders:
+            raise EaptkError(f"{what}: {folders[folder]!r} and {name!r} would share a folder; rename one")
+        folders[folder] = name
+
+
+def _mapping(given: Any, where: str) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise EaptkError(f"{where} must be a mapping of options, not {given!r}")
+    return dict(given)
+
+
+def _build(kind: type[_T], given: Any, where: str) -> _T:
+    """A dataclass from a mapping of its fields, each of the type that it says."""
+    content = _mapping(given, where)
+    _known_keys(content, [f.name for f in fields(kind)], where)  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    for name, value in content.items():
+        content[name] = _typed(value, hints[name], f"{where}.{name}" if where != "the study" else name)
+    try:
+        return kind(**content)
+    except TypeError as error:  # a field without a default is missing
+        missing = [f.name for f in fields(kind) if f.name not in content]  # type: ignore[arg-type]
+        raise EaptkError(f"{where} needs {' and '.join(missing[:1])}") from error
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """A YAML value as the type of a field, or an error that says what it must be."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _typed(value, next(choice for choice in choices if choice is not type(None)), where)
+    if origin is Literal:
+        if value not in choices:
+            raise EaptkError(f"{where}: {_guess(str(value), [str(choice) for choice in choices], 'value')}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise EaptkError(f"{where} must be a list, not {value!r}")
+        return tuple(
+            _typed(item, choices[0], where) if hint != tuple[Family, ...] else item for item in value
+        )
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is str and type(value) in (int, float):
+        return str(value)
+    if hint in (int, float, str, bool) and type(value) is not hint:
+        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+        raise EaptkError(f"{where} must be {kind}, not {value!r}")
+    return value
+
+
+def _known_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise EaptkError(f"{where}: {_guess(str(key), known, 'key')}")
+
+
+def _guess(name: str, known: Sequence[str], what: str) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"{name!r} is no {what}: {hint}"
