@@ -30,12 +30,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import record
-from eaptk.kernels import block, expand, head, norm, reduction
+from eaptk.kernels import block, expand, head, norm, reduction, row_kernels, tuning
 from eaptk.kernels.tables import TRITON_DTYPES
 from eaptk.kernels.target import Target
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-TARGETS = {name: Target("cuda", int(name[3:])) for name in ("sm_80", "sm_90", "sm_100")}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+TARGETS = {name: Target("cuda", int(name[3:])) for name in ("sm_80", "sm_90", "sm_100", "sm_120")}
 TARGETS["gfx942"] = Target("hip", 0)
 #: Instructions of each kind, as they are written in SASS and in CDNA's assembly.
 INSTRUCTIONS = {
@@ -43,7 +49,7 @@ INSTRUCTIONS = {
     "load_128": r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128|(?:global|buffer)_load_dwordx4)",
     "load": r"\b(?:LDG|LDGSTS|(?:global|buffer)_load)[._]",
     "spill": r"\b(?:LDL|STL|scratch_(?:load|store))[._]?",
-    "atomic": r"\b(?:RED|ATOM|ATOMG|global_atomic)[._]",
+    "float_atomic": r"\b(?:(?:RED|ATOM|ATOMG)\.\S*F(?:16|32|64)|global_atomic_(?:pk_)?add_b?f)",
 }
 #: Sizes that differ from model to model but are multiples of 16 in all of them.
 MULTIPLES = (
@@ -79,25 +85,34 @@ def configurations(target: Target) -> Iterator[Configuration]:
     for dtype in TRITON_DTYPES:
         yield from _of_dtype(dtype, target)
     shapes = {(c.block_d, c.block_s) for c in _block_configs(target)}
-    shapes |= {(c.block_d, s) for c in (head.head_config(d, target) for d in TRITON_DTYPES) for s in c.widths}
+    shapes |= {
+        (c.block_d, s) for c in (tuning.head_config(d, target) for d in TRITON_DTYPES) for s in c.widths
+    }
     for block_d, block_s in sorted(shapes):
         constants = {"NEGATED": True, "BLOCK_D": block_d, "BLOCK_S": block_s, "ROWS": reduction.ROWS}
         name = f"reduce {block_d}x{block_s}"
         yield Configuration(name, reduction._reduce_kernel, constants, 4, {}, False, False)
+    doubles = {"rows": "*fp32", "edges": "*fp64", "partials": "*fp64", "slots": "*i64", "out": "*fp64"}
+    for kind, counted in (("rows", False), ("rows+histogram", True)):
+        constants = {"COUNTED": counted, "BLOCK": row_kernels.BLOCK}
+        kernel = row_kernels._row_kernel
+        yield Configuration(kind, kernel, constants, row_kernels.WARPS, doubles, False, False)
+    constants = {"BLOCK": row_kernels.BLOCK, "LANES": row_kernels.LANES}
+    yield Configuration("rows merged", row_kernels._merge_kernel, constants, 4, doubles, False, False)
 
 
-def _block_configs(target: Target) -> Iterator[block.BlockConfig]:
+def _block_configs(target: Target) -> Iterator[tuning.BlockConfig]:
     for dtype in TRITON_DTYPES:
         for normed in (False, True):
             for patched in (False, True):
-                yield block.block_config(dtype, normed, patched, target)
+                yield tuning.block_config(dtype, normed, patched, target)
 
 
 def _of_dtype(dtype: torch.dtype, target: Target) -> Iterator[Configuration]:
     name, triton_dtype, tensor = str(dtype).removeprefix("torch."), TRITON_DTYPES[dtype], dtype.itemsize == 2
     for normed in (False, True):
         for patched in (False, True):
-            config = block.block_config(dtype, normed, patched, target)
+            config = tuning.block_config(dtype, normed, patched, target)
             constants = {
                 "DTYPE": triton_dtype,
                 "REPLACEMENT_DTYPE": triton_dtype,
@@ -123,8 +138,8 @@ def _of_dtype(dtype: torch.dtype, target: Target) -> Iterator[Configuration]:
         False,
         True,
     )
-    for head_dim in (64, 128, 256):
-        config_norm = norm.projection_config(dtype, head_dim, target)
+    for head_dim in tuning.HEAD_WIDTHS:
+        config_norm = tuning.projection_config(dtype, head_dim, target)
         blocks = {
             "BLOCK_T": config_norm.block_t,
             "BLOCK_H": config_norm.block_h,
@@ -140,7 +155,7 @@ def _of_dtype(dtype: torch.dtype, target: Target) -> Iterator[Configuration]:
             tensor,
             True,
         )
-    tile = expand.expand_config(dtype, target)
+    tile = tuning.expand_config(dtype, target)
     for kind, normed, patched, stride in (
         ("source", False, False, "weight_stride_h"),
         ("source+patch", False, True, "weight_stride_h"),
@@ -161,7 +176,7 @@ def _of_dtype(dtype: torch.dtype, target: Target) -> Iterator[Configuration]:
         yield Configuration(
             f"expand {kind} {name}", expand._expand_kernel, constants, tile.warps, pointers, tensor, True
         )
-    config_head = head.head_config(dtype, target)
+    config_head = tuning.head_config(dtype, target)
     for width in config_head.widths:
         constants = {
             "FIRST": False,
@@ -217,8 +232,8 @@ def _faults(found: Configuration, row: dict[str, Any]) -> list[str]:
         faults.append("no tensor-core instruction")
     if found.wide and not row["load_128"]:
         faults.append("no 128-bit load")
-    if row["atomic"]:
-        faults.append("atomic instructions")
+    if row["float_atomic"]:
+        faults.append("floating-point atomics, whose order is not the same each time")
     return faults
 
 

@@ -17,7 +17,6 @@ streams), and 8·128·64 a tile and piece. FLOPs: 2·T·D·128·64 a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -28,9 +27,11 @@ from .norm import norm_statistics
 from .operands import Destination, Source
 from .products import dot, narrow
 from .reduction import reduce
+from .reference import read_by
 from .tables import COLUMNS, TRITON_DTYPES, destination_table, n_edges, operand_dtype, row_reach, source_table
-from .target import Target, current
+from .target import current
 from .tiles import Tile, pieces, tiles
+from .tuning import BlockConfig, block_config
 
 _COLUMNS = tl.constexpr(COLUMNS)
 
@@ -145,32 +146,18 @@ def _block_kernel(
     tl.store(partials + (piece * n_tiles + tile) * (BLOCK_D * BLOCK_S) + inside, acc)
 
 
-@dataclass(frozen=True)
-class BlockConfig:
-    """Tile sizes and how they are run."""
-
-    block_d: int
-    block_s: int
-    block_k: int
-    stages: int
-    warps: int
-
-
-def block_config(dtype: torch.dtype, normed: bool, patched: bool, target: Target) -> BlockConfig:
-    """One good default: as many bytes in flight as registers and shared memory allow without a spill."""
-    if dtype == torch.float32:  # no tensor cores to feed
-        return BlockConfig(64, 64, 16, stages=2, warps=4 if target.backend == "hip" else 8)
-    stages = 2 if target.backend == "hip" else 3
-    if not (normed or patched):
-        return BlockConfig(128, 64, 64, stages, warps=8)
-    before_hopper = target.backend == "cuda" and target.capability < 90
-    return BlockConfig(64 if normed and patched and before_hopper else 128, 64, 32, stages, warps=8)
-
-
 def contract_block(
-    sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]
+    sources: Sequence[Source],
+    destinations: Sequence[Destination],
+    lengths: Sequence[int],
+    config: BlockConfig | None = None,
 ) -> Tensor:
-    """Scores [B, n_edges] float32 of operands without weights; arguments as `reference.contract` (checked there)."""
+    """Scores [B, n_edges] float32 of operands without weights; arguments as `reference.contract` (checked there).
+
+    Args:
+        config: in place of the table's.
+    """
+    sources = read_by(sources, destinations)
     dtype = operand_dtype(sources, destinations)
     device = sources[0].value.device
     n_samples, n_tokens, width = sources[0].value.shape
@@ -178,7 +165,7 @@ def contract_block(
     left_rows, right_rows = left.tensor(device), right.tensor(device)
     statistics = norm_statistics(destinations, left, left_rows, lengths)
     patched = sources[0].replacement is not None
-    config = block_config(dtype, statistics is not None, patched, current())
+    config = config or block_config(dtype, statistics is not None, patched, current())
     tile_list = tiles(row_reach(destinations), config.block_d, (config.block_s,))[config.block_s]
     piece_list = pieces(lengths, width)
     tile_rows, piece_rows, first_piece = int_tables(tile_list, piece_list, n_samples, device)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .block import block_config
-from .expand import chunks, expand_config
-from .head import head_config, head_plan
-from .norm import projection_config
+from .expand import chunks
 from .target import Target
-from .tiles import cdiv, pieces, tiles
+from .tiles import cdiv, head_plan, pieces, tiles
+from .tuning import block_config, expand_config, head_config, projection_config
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,19 @@ def block_cost(
 
 @dataclass(frozen=True)
 class HeadCost:
-    """FLOPs of each part: expansions of both sides, the norms' statistics, and the contraction."""
+    """FLOPs of each part: expansions of both sides, the norms' statistics, and the contraction.
+
+    Args:
+        memory: bytes from and to device memory: operands for each chunk, scratch written once and read once (tiles of
+            one split share their rows through the L2), partial sums read and written for each chunk.
+        launches: of kernels, the norms' statistics apart.
+    """
 
     expansion: int
     statistics: int
     contraction: int
+    memory: int
+    launches: int
 
 
 def head_cost(
@@ -88,18 +94,22 @@ def head_cost(
     projection = projection_config(dtype, head_dim, target)
     lists = tiles(reach, config.block_d, config.widths)
     area = sum(config.block_d * block_s * len(members) for block_s, members in lists.items())
-    n_tiles = sum(map(len, lists.values()))
-    expanded = statistics = contracted = 0
+    heads, rows = source_heads + destination_heads, n_sources + len(reach)
+    expanded = statistics = contracted = memory = launches = 0
     for sample, length in enumerate(lengths):
-        n_rows = n_sources + len(reach)
-        plan = head_plan(n_rows, n_tiles, length, width, dtype.itemsize, config.block_k)
+        plan = head_plan(n_sources, length, width, dtype.itemsize)
         for chunk in chunks(sample, length, plan.tokens, width, plan.columns):
             tile_tokens = cdiv(chunk.tokens, expansion.block_t) * expansion.block_t
             tile_columns = cdiv(chunk.columns, expansion.block_c) * expansion.block_c
             inner = cdiv(head_dim, expansion.block_h) * expansion.block_h
-            expanded += 2 * (source_heads + destination_heads) * tile_tokens * tile_columns * inner
-            contracted += 2 * area * cdiv(chunk.tokens * chunk.columns, config.block_k) * config.block_k
+            expanded += 2 * heads * tile_tokens * tile_columns * inner
+            elements = chunk.tokens * chunk.columns
+            contracted += 2 * area * cdiv(elements, config.block_k) * config.block_k
+            operands = heads * head_dim * (chunk.tokens + chunk.columns) + (rows - heads) * elements
+            memory += (operands + 2 * rows * elements) * dtype.itemsize + 2 * 4 * area * plan.splits
+            launches += 2 + len(lists)
         tokens = cdiv(length, projection.block_t) * projection.block_t
         columns = cdiv(width, projection.block_k) * projection.block_k
         statistics += 2 * destination_heads * tokens * columns * projection.block_h
-    return HeadCost(expanded, statistics, contracted)
+        launches += len(lists)
+    return HeadCost(expanded, statistics, contracted, memory, launches)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .operands import Destination, Source
 from .products import dot, narrow
 from .tables import COLUMNS, TRITON_DTYPES, Table
-from .target import Target, current
+from .tuning import ExpandConfig
 
 _COLUMNS = tl.constexpr(COLUMNS)
 
@@ -119,22 +119,6 @@ def _expand_kernel(
 
 
 @dataclass(frozen=True)
-class ExpandConfig:
-    """Tile sizes and how they are run."""
-
-    block_t: int
-    block_c: int
-    block_h: int
-    warps: int
-
-
-def expand_config(dtype: torch.dtype, target: Target) -> ExpandConfig:
-    """One good default; float32 has no tensor cores to feed and takes narrower tiles."""
-    warps = 4 if target.backend == "hip" else 8
-    return ExpandConfig(64, 64, 16, warps) if dtype == torch.float32 else ExpandConfig(64, 128, 64, warps)
-
-
-@dataclass(frozen=True)
 class Group:
     """Rows one launch expands: those whose weights have one layout."""
 
@@ -198,9 +182,10 @@ def chunks(sample: int, length: int, tokens: int, width: int, columns: int) -> I
             yield Chunk(sample, start, min(tokens, length - start), first_column, columns)
 
 
-def expand(side: Side, chunk: Chunk, out: Tensor, lead: tuple[int, int], width: int) -> None:
+def expand(
+    side: Side, chunk: Chunk, out: Tensor, lead: tuple[int, int], width: int, config: ExpandConfig
+) -> None:
     """Write [tokens, columns] of every row to out [n_rows, row_size]; `lead` is (B, T)."""
-    config = expand_config(side.table.dtype, current())
     for group in side.groups:
         grid = (
             triton.cdiv(chunk.columns, config.block_c),

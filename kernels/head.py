@@ -1,17 +1,19 @@
 """Head-level contraction on the GPU: expand a chunk of every row into bounded scratch, contract it, go on.
 
-A chunk is up to 128 tokens × as many columns of D as the scratch takes (`SCRATCH`, about an L2). Per chunk, every
-source and destination row is expanded once on tensor cores (`expand`), then each tile of S that holds an edge
-adds its product over the chunk to its own float32 partial sums: K = tokens·columns of the chunk, split among
-programs when tiles are few. At the end partials are summed in order (`reduction`). One stream and no atomics:
-the same bits each time. A sample's chunks depend on its own length alone, so a row does not depend on the batch.
+A chunk is some tokens × some columns of D (`tiles.head_plan`). Per chunk, every source and destination row is
+expanded once on tensor cores (`expand`), then each tile of S that holds an edge adds its product over the chunk to
+its own float32 partial sums: K = tokens·columns of the chunk, in splits of about 4096. At the end partials are
+summed in order (`reduction`). One stream and no atomics: the same bits each time. Chunks and splits depend on the
+sample's length and the number of sources alone, so a row depends neither on the batch nor on how destinations are
+split among calls.
 
 FLOPs a token (n_s, n_d rows, H rows that come as heads, E edges):
     expansion 2·D·head_dim·H, statistics 2·D·head_dim·(destination H), contraction 2·D·(area of the tiles ≥ E).
-Bytes: z, g and streams are read D/columns times, weights T/tokens times; scratch is written once and read by
-every tile that needs it, from the L2 while it lasts; partial sums are read and written once a chunk.
-At the 7B shape of Qwen2.5 in bfloat16 a chunk is 128 × 128: weights 4 × 1.6 GB, z and g 28 × 0.24 GB for 512
-tokens, 13 GB, with 13 MB of scratch a token passing through the L2.
+Bytes: z, g and streams are read D/columns times, weights T/tokens times; scratch is written once, and read by the
+tiles of a split side by side; partial sums are read and written once a chunk. The scratch lies in device memory: a
+chunk that an L2 of 50 MB held whole would be 64 × 96 at the 7B shape of Qwen2.5 in bfloat16, and read weights and
+heads more often than that saves: 22 GB for 512 tokens, against 6.3 GB and 14 GB of scratch in chunks of 256 × 256.
+`cost.head_cost` counts both.
 """
 
 from __future__ import annotations
@@ -29,18 +31,11 @@ from .norm import norm_statistics
 from .operands import Destination, Source
 from .products import dot
 from .reduction import reduce
+from .reference import read_by
 from .tables import destination_table, n_edges, operand_dtype, row_reach, source_table
-from .target import Target, current
-from .tiles import cdiv, even, tiles
-
-#: Bytes of scratch that one chunk's expanded rows fill, unless one of the fewest columns takes more.
-SCRATCH = 64 * 2**20
-CHUNK_TOKENS = 128
-#: Fewer would leave tiles of the expansion empty.
-MIN_COLUMNS = 128
-COLUMN_MULTIPLE = 32
-#: Programs a chunk's contraction is split into at least, tiles × splits: two for each of a large card's processors.
-PROGRAMS = 256
+from .target import current
+from .tiles import HeadPlan, head_plan, tiles
+from .tuning import ExpandConfig, HeadConfig, expand_config, head_config
 
 
 @triton.jit
@@ -82,50 +77,24 @@ def _head_kernel(
     tl.store(here, acc)
 
 
-@dataclass(frozen=True)
-class HeadConfig:
-    """Tile sizes, widest first, and how they are run."""
-
-    block_d: int
-    widths: tuple[int, ...]
-    block_k: int
-    stages: int
-    warps: int
-
-
-def head_config(dtype: torch.dtype, target: Target) -> HeadConfig:
-    """One good default; float32 has no tensor cores to feed and takes narrower tiles."""
-    if dtype == torch.float32:
-        return HeadConfig(64, (64,), 16, stages=2, warps=4 if target.backend == "hip" else 8)
-    return HeadConfig(128, (128, 64), 64, stages=2 if target.backend == "hip" else 3, warps=8)
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """How a sample is cut: `tokens` × `columns` a chunk, `part` elements of a full chunk a split."""
-
-    tokens: int
-    columns: int
-    part: int
-    splits: int
-
-
-def head_plan(n_rows: int, n_tiles: int, length: int, width: int, itemsize: int, block_k: int) -> HeadPlan:
-    """From shapes alone; `n_rows` counts sources and destinations."""
-    tokens = even(length, CHUNK_TOKENS, 16)
-    room = SCRATCH // (n_rows * tokens * itemsize)
-    columns = even(width, max(MIN_COLUMNS, room // COLUMN_MULTIPLE * COLUMN_MULTIPLE), COLUMN_MULTIPLE)
-    inner = tokens * columns
-    part = cdiv(cdiv(inner, cdiv(PROGRAMS, n_tiles)), block_k) * block_k
-    return HeadPlan(tokens, columns, part, cdiv(inner, part))
-
-
 def contract_head(
-    sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]
+    sources: Sequence[Source],
+    destinations: Sequence[Destination],
+    lengths: Sequence[int],
+    config: HeadConfig | None = None,
+    expansion: ExpandConfig | None = None,
 ) -> Tensor:
-    """Scores [B, n_edges] float32 of operands with and without weights; arguments as `reference.contract`."""
+    """Scores [B, n_edges] float32 of operands with and without weights; arguments as `reference.contract`.
+
+    Args:
+        config, expansion: in place of the tables'.
+    """
+    n_all = sum(source.rows for source in sources)
+    sources = read_by(sources, destinations)
     dtype = operand_dtype(sources, destinations)
-    config, device = head_config(dtype, current()), sources[0].value.device
+    config = config or head_config(dtype, current())
+    expansion = expansion or expand_config(dtype, current())
+    device = sources[0].value.device
     lead = (sources[0].value.shape[0], sources[0].value.shape[1])
     width = (sources[0].value if sources[0].weight is None else sources[0].weight).shape[-1]
     left, right = destination_table(destinations, dtype), source_table(sources, dtype)
@@ -135,21 +104,19 @@ def contract_head(
     gradient_side = Side(left, left_rows, groups(destinations, device), False, statistics)
     source_side = Side(right, right.tensor(device), groups(sources, device), patched, None)
     tile_lists = tiles(row_reach(destinations), config.block_d, config.widths)
-    n_tiles = sum(map(len, tile_lists.values()))
-    n_left, n_right = len(left.rows), len(right.rows)
     scores = torch.empty(lead[0], n_edges(destinations), dtype=torch.float32, device=device)
     for sample, length in enumerate(lengths):
-        plan = head_plan(n_left + n_right, n_tiles, length, width, dtype.itemsize, config.block_k)
+        plan = head_plan(n_all, length, width, dtype.itemsize)
         row_size = plan.tokens * plan.columns
-        gradients = torch.empty(n_left, row_size, dtype=dtype, device=device)
-        written = torch.empty(n_right, row_size, dtype=dtype, device=device)
+        gradients = torch.empty(len(left.rows), row_size, dtype=dtype, device=device)
+        written = torch.empty(len(right.rows), row_size, dtype=dtype, device=device)
         sums = {
             block_s: _Sums.of(members, plan.splits, config.block_d, block_s, device)
             for block_s, members in tile_lists.items()
         }
         for chunk in chunks(sample, length, plan.tokens, width, plan.columns):
-            expand(source_side, chunk, written, lead, width)
-            expand(gradient_side, chunk, gradients, lead, width)
+            expand(source_side, chunk, written, lead, width, expansion)
+            expand(gradient_side, chunk, gradients, lead, width, expansion)
             for each in sums.values():
                 _contract_chunk(gradients, written, each, chunk, plan, config)
         for each in sums.values():

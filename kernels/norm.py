@@ -16,7 +16,6 @@ what the projection itself made of the stream: 2·D·head_dim FLOPs a row and to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,30 +25,13 @@ from torch import Tensor
 from .operands import Destination
 from .products import dot, narrow
 from .tables import COLUMNS, TRITON_DTYPES, Table
-from .target import Target, current
+from .target import current
+from .tuning import projection_config
 
 _COLUMNS = tl.constexpr(COLUMNS)
 #: Numbers a row and token: ρ, c, e.
 STATISTICS = 3
 ROW_BLOCK = 2048
-
-
-@dataclass(frozen=True)
-class ProjectionConfig:
-    """Tile sizes of the projection and how they are run."""
-
-    block_t: int
-    block_h: int
-    block_k: int
-    warps: int
-
-
-def projection_config(dtype: torch.dtype, head_dim: int, target: Target) -> ProjectionConfig:
-    """One good default; a tile holds whole heads, so wide heads leave room for fewer tokens."""
-    block_h = max(16, triton.next_power_of_2(head_dim))
-    wide = dtype == torch.float32
-    block_t = min(64, (4096 if wide else 8192) // block_h)
-    return ProjectionConfig(block_t, block_h, 16 if wide else 32, 4 if target.backend == "hip" else 8)
 
 
 @triton.jit

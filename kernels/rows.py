@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Elements of a row that are summed on their own before the sums are: the same bits for any number of threads.
 ROW_BLOCK = 4096
+#: Names of what is found of each row, apart from counts, in the order kernels write it.
+MOMENTS = ("sum_abs", "sum", "m2", "m3", "m4", "min", "max")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def row_statistics(rows: Tensor, bins: int | None = None, upper: float | None = 
     """
     edges = bin_edges(rows, bins, upper)
     n_rows, width = rows.shape
-    statistics = torch.empty(7, n_rows, dtype=torch.float64, device=rows.device)
+    statistics = torch.empty(len(MOMENTS), n_rows, dtype=torch.float64, device=rows.device)
     slots = None
     if edges is not None:
         slots = torch.empty(n_rows, len(edges), dtype=torch.int64, device=rows.device)
@@ -76,8 +78,7 @@ def row_statistics(rows: Tensor, bins: int | None = None, upper: float | None = 
             slot = torch.bucketize(size, edges, right=True) - 1
             slot[size == edges[-1]] -= 1
             slots[i] = torch.bincount(slot, minlength=len(edges))
-    histogram, above = split_slots(slots)
-    return RowStatistics(torch.full((n_rows,), width), *statistics, histogram=histogram, above=above)
+    return packed(statistics, width, slots)
 
 
 def bin_edges(rows: Tensor, bins: int | None, upper: float | None) -> Tensor | None:
@@ -93,9 +94,11 @@ def bin_edges(rows: Tensor, bins: int | None, upper: float | None) -> Tensor | N
     return torch.from_numpy(np.linspace(0.0, upper, bins + 1)).to(rows.device)
 
 
-def split_slots(slots: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Histogram and overflow of counts [n_rows, bins + 1]."""
-    return (None, None) if slots is None else (slots[:, :-1], slots[:, -1])
+def packed(moments: Tensor, width: int, slots: Tensor | None) -> RowStatistics:
+    """Of `MOMENTS` [7, n_rows], and counts [n_rows, bins + 1], overflow last, or None."""
+    histogram, above = (None, None) if slots is None else (slots[:, :-1], slots[:, -1])
+    count = torch.full((moments.shape[1],), width, device=moments.device)
+    return RowStatistics(count, **dict(zip(MOMENTS, moments, strict=True)), histogram=histogram, above=above)
 
 
 def _sum(x: Tensor) -> Tensor:

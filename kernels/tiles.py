@@ -14,6 +14,11 @@ MIN_INNER = 4096
 MAX_INNER = 32768
 #: Pieces a sequence is cut into when neither bound binds: work for every multiprocessor.
 PIECES = 256
+#: Bytes of scratch that one chunk's expanded sources fill, about; destinations take as much again, thrice at most.
+SCRATCH = 112 * 2**20
+#: A chunk has whole tiles of the expansion, one at least.
+CHUNK_COLUMNS = 128
+CHUNK_TOKENS = 64
 
 
 class Tile(NamedTuple):
@@ -63,6 +68,37 @@ def pieces(lengths: Sequence[int], width: int) -> list[Piece]:
         tokens = min(tokens, max(1, MAX_INNER // width))
         found += [Piece(sample, start, min(tokens, length - start)) for start in range(0, length, tokens)]
     return found
+
+
+class HeadPlan(NamedTuple):
+    """How a sample is expanded: `tokens` × `columns` a chunk, of whose product one split sums `part`."""
+
+    tokens: int
+    columns: int
+    part: int
+    splits: int
+
+
+def head_plan(n_sources: int, length: int, width: int, itemsize: int) -> HeadPlan:
+    """The chunks for which least is read: weights once for each part of the tokens, what heads wrote and read once
+    for each part of the columns, D to T of it.
+
+    From the sample's own length and the number of all sources, so that neither its neighbours nor how destinations
+    are split among calls change its bits.
+    """
+    units = cdiv(width, CHUNK_COLUMNS)
+    room = SCRATCH // (n_sources * itemsize)
+    plans = []
+    for parts in (n for n in range(1, units + 1) if units % n == 0):
+        columns = units // parts * CHUNK_COLUMNS
+        fitting = room // columns // CHUNK_TOKENS * CHUNK_TOKENS
+        if fitting or parts == units:
+            tokens = min(even(length, max(CHUNK_TOKENS, fitting), CHUNK_TOKENS), cdiv(length, 16) * 16)
+            plans.append((width * cdiv(length, tokens) + length * parts, tokens, columns))
+    _, tokens, columns = min(plans)
+    inner = tokens * columns
+    part = even(inner, MIN_INNER, 128)
+    return HeadPlan(tokens, columns, part, cdiv(inner, part))
 
 
 def even(total: int, largest: int, multiple: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from torch import Tensor
 from eaptk import Graph, attribute
 from eaptk.attribution import Ablation
 from eaptk.graph import Granularity
-from eaptk.kernels import Destination, Norm, Source, contract
-from eaptk.kernels.block import BlockConfig
-from eaptk.kernels.expand import ExpandConfig
-from eaptk.kernels.head import HeadConfig
+from eaptk.kernels import Destination, Norm, Source
+from eaptk.kernels.block import contract_block
+from eaptk.kernels.head import contract_head
+from eaptk.kernels.tuning import ANY, BlockConfig, ExpandConfig, HeadConfig
 
 #: What reordering a float32 sum may cost, and carrying a float32 value as two bfloat16 (16 bits).
 ALLOWANCE = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}
@@ -51,9 +52,11 @@ class Maker:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def lead(self, *tail: int) -> Tensor:
+        # The gap of 2 leaves elements of a row apart, which the kernels take as a copy.
         gap = int(torch.randint(0, 3, (), generator=self.generator))
-        batch, time = len(self.lengths), max(self.lengths)
-        tensor = self.random(batch + 1, time + gap, tail[0] + 8 * gap, *tail[1:])[:batch, :time, : tail[0]]
+        batch, time, step = len(self.lengths), max(self.lengths), 1 + gap // 2
+        whole = self.random(batch + 1, time + gap, *tail[:-1], step * tail[-1] + 8 * gap)
+        tensor = whole[:batch, :time, ..., : step * tail[-1] : step]
         for row, length in zip(tensor, self.lengths, strict=True):
             row[length:] = NAN
         return tensor
@@ -70,11 +73,14 @@ class Maker:
     def norm(self) -> Norm:
         return Norm(self.lead(self.width) + 2, self.random(self.width), 1e-5, self.centred)
 
-    def destination(self, reach: int, norm: Norm | None, heads: int = 0, head_dim: int = 0) -> Destination:
-        tail = (heads, head_dim) if heads else (self.width,)
-        return Destination(
-            self.lead(*tail), reach, self.random(heads, head_dim, self.width) if heads else None, norm
-        )
+    def destination(
+        self, reach: int, norm: Norm | None, heads: int = 0, head_dim: int = 0, transposed: bool = False
+    ) -> Destination:
+        if not heads:
+            return Destination(self.lead(self.width), reach, None, norm)
+        shape = (heads, self.width, head_dim) if transposed else (heads, head_dim, self.width)
+        weight = self.random(*shape)
+        return Destination(self.lead(heads, head_dim), reach, weight.mT if transposed else weight, norm)
 
 
 def block_operands(make: Maker, n_sources: int, normed: bool) -> tuple[list[Source], list[Destination]]:
@@ -95,7 +101,8 @@ def head_operands(
     sources, destinations, reach = [make.source()], [], 1
     for layer in range(layers):
         norm = make.norm()
-        destinations += [make.destination(reach, norm, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+        for n in (heads, kv_heads, kv_heads):
+            destinations.append(make.destination(reach, norm, n, head_dim, transposed=layer == 1))
         sources += [make.source(heads, head_dim, gain=layer == 1), make.source()]
         destinations.append(make.destination(reach + heads, norm if layer == 1 else None))
         reach += heads + 1
@@ -143,9 +150,13 @@ def plain(sources: list[Source], destinations: list[Destination], lengths: list[
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles of S at small sizes, and an interpreter in less of a hurry to multiply zeros."""
-    monkeypatch.setattr("eaptk.kernels.block.block_config", lambda *_: BlockConfig(16, 16, 32, 1, 1))
-    monkeypatch.setattr("eaptk.kernels.head.head_config", lambda *_: HeadConfig(16, (32, 16), 64, 1, 1))
-    monkeypatch.setattr("eaptk.kernels.expand.expand_config", lambda *_: ExpandConfig(16, 64, 64, 1))
+    configs = {
+        "BLOCK": BlockConfig(16, 16, 32, 1, 1),
+        "HEAD": HeadConfig(16, (32, 16), 64, 1, 1),
+        "EXPAND": ExpandConfig(16, 64, 64, 1),
+    }
+    for table, config in configs.items():
+        monkeypatch.setattr(f"eaptk.kernels.tuning.{table}", [(ANY, ANY, ANY, config)])
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +179,9 @@ def check_against_float64(
     expected = by_definition(sources, destinations, lengths)
     allowed = relative_error(plain(sources, destinations, lengths), expected)
     poisoned(monkeypatch)
-    got = contract(sources, destinations, lengths, backend="triton")
-    assert got.dtype == torch.float32
     by_head = any(source.weight is not None for source in sources)
+    got = (contract_head if by_head else contract_block)(sources, destinations, lengths)
+    assert got.dtype == torch.float32
     allowance = EXPANDED_ALLOWANCE if by_head else ALLOWANCE
     assert relative_error(got, expected) <= allowed + allowance[sources[0].value.dtype]
 
@@ -207,7 +218,7 @@ def test_block_level_scores_are_as_good_as_plain_pytorch(
 @pytest.mark.parametrize(
     BLOCK_SHAPES,
     [
-        (16, 3, [2, 127], True, False, False),
+        (16, 3, [2, 7], True, False, False),
         (160, 9, [5, 1, 2], False, False, True),
         (252, 9, [1], True, True, False),
         (80, 130, [1], False, False, False),
@@ -249,9 +260,9 @@ def test_head_level_scores_are_as_good_as_plain_pytorch(
 @pytest.mark.parametrize(
     HEAD_SHAPES,
     [
-        (32, 2, 2, 80, [2, 127], True, False),
+        (32, 2, 2, 80, [2, 7], True, False),
         (252, 8, 1, 128, [2], False, False),
-        (507, 2, 1, 64, [1], True, True),
+        (507, 4, 1, 64, [1], True, True),
         (96, 2, 1, 256, [19], False, True),
     ],
 )
@@ -273,80 +284,71 @@ def test_head_level_scores_of_many_tiles_are_as_good_as_plain_pytorch(
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_a_long_sample_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = Maker([513], 20, torch.bfloat16)
-    check_against_float64(*block_operands(make, 2, normed=False), make.lengths, monkeypatch)
+@pytest.mark.parametrize(("length", "normed"), [(127, True), (513, False)])
+def test_a_long_sample_is_summed_in_pieces(
+    length: int, normed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Maker([length], 20, torch.bfloat16)
+    check_against_float64(*block_operands(make, 2, normed), make.lengths, monkeypatch)
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_a_long_sample_is_expanded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eaptk.kernels.head.SCRATCH", 2**16)
-    monkeypatch.setattr("eaptk.kernels.head.MIN_COLUMNS", 32)
-    make = Maker([513], 40, torch.bfloat16)
-    check_against_float64(*head_operands(make, 1, 1, 16, layers=1), make.lengths, monkeypatch)
+@pytest.mark.parametrize(("length", "heads"), [(127, 2), (513, 1)])
+def test_a_long_sample_is_expanded_in_chunks(
+    length: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eaptk.kernels.tiles.SCRATCH", 2**15)
+    monkeypatch.setattr("eaptk.kernels.tiles.CHUNK_COLUMNS", 32)
+    make = Maker([length], 40, torch.bfloat16)
+    check_against_float64(*head_operands(make, heads, 1, 16, layers=1), make.lengths, monkeypatch)
+
+
+def two_layers(by_head: bool) -> tuple[list[Source], list[Destination], Callable[..., Tensor]]:
+    """Operands of two samples of 5 and 3 tokens, and the kernel that takes them."""
+    make = Maker([5, 3], 80, torch.bfloat16, centred=True)
+    if by_head:
+        return *head_operands(make, 2, 1, 16), contract_head
+    return *block_operands(make, 5, normed=True), contract_block
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("by_head", [False, True], ids=["block", "head"])
 def test_a_samples_bits_do_not_depend_on_its_neighbours(by_head: bool) -> None:
-    make = Maker([5, 3], 80, torch.bfloat16, centred=True)
-    sources, destinations = head_operands(make, 2, 1, 16) if by_head else block_operands(make, 5, True)
-    together = contract(sources, destinations, [5, 3], backend="triton")
+    sources, destinations, kernel = two_layers(by_head)
+    together = kernel(sources, destinations, [5, 3])
 
     def only(tensor: Tensor) -> Tensor:
         return tensor[1:, :3]
 
-    alone = contract(
+    alone = kernel(
         [replace(s, value=only(s.value)) for s in sources],
         [
             replace(d, gradient=only(d.gradient), norm=d.norm and replace(d.norm, stream=only(d.norm.stream)))
             for d in destinations
         ],
         [3],
-        backend="triton",
     )
     assert torch.equal(together[1:], alone)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("by_head", [False, True], ids=["block", "head"])
+def test_bits_do_not_depend_on_how_destinations_are_split_among_calls(by_head: bool) -> None:
+    sources, destinations, kernel = two_layers(by_head)
+    whole = kernel(sources, destinations, [5, 3])
+    parts = [kernel(sources, part, [5, 3]) for part in (destinations[:4], destinations[4:])]
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
 def test_a_mean_of_another_dtype_stands_in_for_every_token() -> None:
     make = Maker([5, 3], 96, torch.bfloat16)
-    sources, destinations = head_operands(make, 2, 1, 64)
+    sources, destinations = head_operands(make, 2, 1, 64, layers=1)
     means = [torch.randn(s.value.shape[2:], generator=make.generator) for s in sources]
     sources = [
         replace(s, replacement=mean.expand_as(s.value)) for s, mean in zip(sources, means, strict=True)
     ]
-    got = contract(sources, destinations, [5, 3], backend="triton")
+    got = contract_head(sources, destinations, [5, 3])
     assert relative_error(got, by_definition(sources, destinations, [5, 3])) < 2**-7
-
-
-def test_float64_has_no_kernel_and_says_so() -> None:
-    make = Maker([3], 16, torch.float64)
-    with pytest.raises(ValueError, match="reference"):
-        contract(*block_operands(make, 3, normed=False), [3], backend="triton")
-
-
-def test_the_backend_is_chosen_by_argument_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = Maker([3], 16, torch.float64)
-    operands = block_operands(make, 3, normed=False)
-    default = contract(*operands, [3])
-    monkeypatch.setenv("EAPTK_BACKEND", "triton")
-    with pytest.raises(ValueError, match="float64"):
-        contract(*operands, [3])
-    assert torch.equal(contract(*operands, [3], backend="reference"), default)
-
-
-def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EAPTK_BACKEND", "cuda")
-    make = Maker([3], 16, torch.float32)
-    with pytest.raises(ValueError, match="EAPTK_BACKEND is 'cuda'; it must be one of reference, triton"):
-        contract(*block_operands(make, 1, normed=False), [3])
-
-
-def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eaptk.kernels.dispatch.find_spec", lambda name: None)
-    make = Maker([3], 16, torch.float32)
-    with pytest.raises(ValueError, match=r"pip install 'eaptk\[gpu\]'"):
-        contract(*block_operands(make, 1, normed=False), [3], backend="triton")
 
 
 @pytest.mark.usefixtures("small_tiles")
