@@ -28,7 +28,8 @@ groups can reject nothing (n groups have 2^n labellings: p ≥ 2/2^n).
 pairs, with d_i the difference of a metric and l_i that of the loss: what is expected to differ between two
 answers of equal loss. Intervals redraw groups as above; for the test the residuals of the line through 0 (no
 difference at equal loss) change sign by groups (Freedman & Lane 1983); the effect size is a over the standard
-deviation of the residuals. Limits: it is a straight line, and it adjusts for the mean loss of an answer alone.
+deviation of the residuals. Limits: it is a straight line, and it adjusts for the mean loss of an answer alone:
+where that is a noisy measure of what moves loss and scores alike, the line is too flat and part of it stays in a.
 Where no pair has a loss difference near 0, a is an extrapolation, and the interval does not know that the line
 may bend on the way.
 """
@@ -273,6 +274,8 @@ def differences_at_equal_loss(
     residual = d - d.mean() - centred * (centred @ d) / (centred @ centred)
     spread = float(np.sqrt(residual @ residual / (n - 2))) if n > 2 else 0.0
     through_zero = _by_group((weight * (d - loss * (loss @ d) / (loss @ loss)))[:, None], groups)
+    # Residuals of a fitted line are too small by this much on average.
+    through_zero *= math.sqrt(n_groups / max(n_groups - 1, 1))
     sums = _by_group(np.stack([np.ones(n), centred, centred**2, d, centred * d], axis=1), groups)
 
     drawn = np.empty((resampling.n_resamples, 1))
