@@ -21,8 +21,8 @@ from .operands import Destination, Source
 
 #: Largest error ‖found − reference‖ / ‖reference‖: of float32 operands, of narrower ones, of rows.
 FLOAT32, HALF, MOMENTS = 1e-5, 1e-4, 1e-9
-#: Of the operands tried: enough for several tiles of S.
-TOKENS, ROWS = 5, 160
+#: Of the operands tried, at most, or little more: enough for several tiles of S, and little memory.
+TOKENS, ROWS, WIDTH = 5, 160, 512
 #: What each trial of this process found: None, or the fault.
 VERDICTS: dict[Hashable, str | None] = {}
 
@@ -49,7 +49,9 @@ def contraction(
         reach = sum(s.rows for s in few)
         readers = [_random_destination(d, reach, generator) for d in _representatives(destinations)]
         lengths = [few[0].value.shape[1]]
-        expected = reference.contract(few, readers, lengths)
+        # In float64, which no setting of the user's makes coarser.
+        wide = [replace(s, value=s.value.double()) for s in few]
+        expected = reference.contract(wide, readers, lengths)
         return ((kernel(few, readers, lengths) - expected).norm() / expected.norm()).item()
 
     return _verdict((name, device, *kinds), f"{name!r} for {_named(dtype)}", device, allowed, error)
@@ -128,22 +130,34 @@ def _representatives(operands: Sequence[Operand]) -> list[Operand]:
 
 
 def _random_source(source: Source, generator: torch.Generator) -> Source:
-    other = source.replacement
+    value, other = source.value, source.replacement
+    if other is not None:
+        other = _random(_narrow(other.expand_as(value), source.weight), generator)
     return replace(
         source,
-        value=_random(source.value, generator),
-        replacement=None if other is None else _random(other.expand_as(source.value), generator),
+        value=_random(_narrow(value, source.weight), generator),
+        weight=None if source.weight is None else source.weight[..., :WIDTH],
+        gain=None if source.gain is None else source.gain[:WIDTH],
+        replacement=other,
     )
 
 
 def _random_destination(destination: Destination, reach: int, generator: torch.Generator) -> Destination:
-    norm = destination.norm
+    norm, weight = destination.norm, destination.weight
+    if norm is not None:
+        norm = replace(norm, stream=_random(norm.stream[..., :WIDTH], generator), gain=norm.gain[:WIDTH])
     return replace(
         destination,
-        gradient=_random(destination.gradient, generator),
+        gradient=_random(_narrow(destination.gradient, weight), generator),
         reach=min(destination.reach, reach),
-        norm=norm and replace(norm, stream=_random(norm.stream, generator)),
+        weight=None if weight is None else weight[..., :WIDTH],
+        norm=norm,
     )
+
+
+def _narrow(value: Tensor, weight: Tensor | None) -> Tensor:
+    """Of [B, T, D] the first columns; heads, which a weight expands, are whole."""
+    return value[..., :WIDTH] if weight is None else value
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
