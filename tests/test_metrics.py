@@ -51,6 +51,31 @@ def test_metrics_are_their_formulas(backend, graph, dense):
     assert found.output_entropy == pytest.approx(scipy.stats.entropy(strength, axis=1).mean(), rel=1e-9)
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_conventions_convert_into_each_other(graph):
+    """With f the share of pairs that are edges: real entries are a share f of the dense, all others 0."""
+    run = make_run(9, graph=GRAPHS[graph])
+    real, dense = measure(run), measure(run, dense=True)
+    f = run.graph.n_edges / (run.graph.n_sources * run.graph.n_destinations)
+    assert real.n_entries == pytest.approx(f * dense.n_entries)
+    assert dense.intensity == pytest.approx(f * real.intensity, rel=1e-9)
+
+    w = run.scores.astype(np.float64)
+    m, m2, m3, m4 = (f * np.mean(w**p, axis=1) for p in (1, 2, 3, 4))
+    fourth = m4 - 4 * m * m3 + 6 * m**2 * m2 - 3 * m**4
+    np.testing.assert_allclose(dense.sample_kurtosis, fourth / (m2 - m**2) ** 2 - 3, rtol=1e-9)
+    # Where a row's mean is 0 this is all: kurtosis + 3 grows by 1/f.
+    centred = FakeRun((w - w.mean(1, keepdims=True)).astype(np.float32), graph=run.graph)
+    both = measure(centred), measure(centred, dense=True)
+    assert both[1].kurtosis + 3 == pytest.approx((both[0].kurtosis + 3) / f, rel=1e-6)
+
+    n_zeros = dense.n_samples * (dense.n_entries - real.n_entries)
+    counts = real.sample_histogram.sum(0)
+    counts[0] += n_zeros
+    assert dense.complexity == pytest.approx(scipy.stats.entropy(counts), rel=1e-9)
+    np.testing.assert_array_equal(dense.source_entropy, real.source_entropy)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_arrays_a_sample_average_to_the_metrics(dense):
     found = measure(make_run(), dense=dense)
