@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,6 +217,7 @@ def compare(
     runs: Sequence[PairedRun],
     *,
     names: Sequence[str] | None = None,
+    ids: Collection[str] | None = None,
     columns: npt.ArrayLike | None = None,
     dense: bool = False,
     bins: int | None = None,
@@ -230,6 +231,7 @@ def compare(
     Args:
         runs: two or more; the first is the baseline.
         names: of the runs; default: their folders'.
+        ids: compare only these samples; None for all.
         columns, dense, bins, upper, log_base: as for `eaptk.metrics.measure`; `upper` None for the largest
             |W| in any of the runs, or for the range that a run without rows was scored with.
         resampling: see there.
@@ -243,7 +245,7 @@ def compare(
     if len(runs) < 2:
         raise EaptkError(f"a comparison needs at least two runs; got {len(runs)}")
     names = run_names(runs, names)
-    pairing = pair(runs, names)
+    pairing = pair(runs, names, ids)
     rows, groups = pairing.rows, pairing.groups
     bins, upper = agreed_histogram(runs, bins, upper)
     if upper is None:

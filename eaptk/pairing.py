@@ -6,7 +6,7 @@ equal samples: wherever the tokens of two runs can be compared, they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,8 +79,12 @@ def run_names(runs: Sequence[PairedRun], names: Sequence[str] | None) -> tuple[s
     return found
 
 
-def pair(runs: Sequence[PairedRun], names: Sequence[str]) -> Pairing:
+def pair(runs: Sequence[PairedRun], names: Sequence[str], ids: Collection[str] | None = None) -> Pairing:
     """Pair the samples of runs by id, and verify that equal ids mean equal samples.
+
+    Args:
+        runs, names: of k runs.
+        ids: pair only these samples; None for all.
 
     With equal tokenizers the tokens of the prompts must be equal, and those of the answers unless each model
     gave its own (loss ``self_nll``). With different ones a note says that this could not be verified.
@@ -99,10 +103,12 @@ def pair(runs: Sequence[PairedRun], names: Sequence[str]) -> Pairing:
         }
         for run, table in zip(runs, tables, strict=True)
     ]
-    shared = [name for name in where[0] if all(name in rows for rows in where[1:])]
+    wanted = where[0] if ids is None else set(ids)
+    shared = [name for name in where[0] if name in wanted and all(name in rows for rows in where[1:])]
     if len(shared) < 2:
         raise EaptkError(
-            f"runs {' and '.join(str(run.path) for run in runs)} share {len(shared)} finished samples; "
+            f"runs {' and '.join(str(run.path) for run in runs)} share {len(shared)} finished samples"
+            f"{'' if ids is None else ' of those asked for'}; "
             f"a comparison needs two (samples are paired by id)"
         )
     rows = tuple(np.array([rows[name] for name in shared]) for rows in where)

@@ -280,7 +280,7 @@ class Selection:
             EaptkError: fewer than two are left.
         """
         cut, n = self.cut(alpha), len(self.ids)
-        reached = (self.kept_lengths >= cut).all(0)
+        reached = np.asarray((self.kept_lengths >= cut).all(0))
         n_short = int((~reached).sum())
         if not drop_short or not n_short:
             why = f"cut to {cut} tokens; {n_short or 'no'} answers are shorter" + " and scored whole" * (
@@ -290,8 +290,8 @@ class Selection:
         ids = tuple(name for name, kept in zip(self.ids, reached, strict=True) if kept)
         if len(ids) < 2:
             raise EaptkError(
-                f"at alpha {alpha:g}, {len(ids)} of {n} questions have answers of {cut} tokens in {' and '.join(self.names)}; "
-                f"lower alpha, or keep shorter answers whole"
+                f"at alpha {alpha:g}, {len(ids)} of {n} questions have answers of {cut} tokens in "
+                f"{' and '.join(self.names)}; lower alpha, or keep shorter answers whole (drop_short: false)"
             )
         return ids, Stage("cut", n, len(ids), reaching(cut).why)
 

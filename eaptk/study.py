@@ -19,7 +19,7 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -140,10 +140,15 @@ def generate_stage(
             "tokens_per_batch": study.generation.tokens_per_batch,
             "progress": progress,
         }
-        with _loaded(study, name) as (loaded, tokenizer):
-            for dataset, asked in questions.items():
+        with ExitStack() as stack:
+            if study.generation.engine == "vllm":  # which loads the weights itself
+                asked: Any = model.path
+                options |= {"engine": "vllm", "dtype": model.dtype or study.dtype}
+            else:
+                asked, options["tokenizer"] = stack.enter_context(_loaded(study, name))
+            for dataset, each in questions.items():
                 file = out / "answers" / folder_name(name) / f"{folder_name(dataset)}.parquet"
-                found[name, dataset] = answer_questions(loaded, asked, file, tokenizer=tokenizer, **options)
+                found[name, dataset] = answer_questions(asked, each, file, **options)
     return found
 
 
@@ -257,9 +262,11 @@ def compare_stage(
     for experiment, setting in zip(results.experiments, settings(study, selections), strict=True):
         for convention in ("real", "dense"):
             getattr(experiment, convention).write(out / "results" / setting.place / convention)
-        if console is not None:
-            console.print(experiment.real.to_table())
     write_json(out / "results" / "study.json", to_dict(results))
+    if console is not None:
+        for table in study_console.summary(results):
+            console.print(table)
+        console.print("relative to the baseline, kurtosis as it is; ?: not resolved over the whole study")
     return results
 
 

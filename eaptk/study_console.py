@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from eaptk.answers import Answers
-from eaptk.experiment import Stage
+from eaptk.experiment import Stage, StudyResults
+from eaptk.metrics import METRICS
+from eaptk.resampling import Difference
 
 
 def funnel(title: str, stages: Sequence[Stage], notes: Sequence[str] = ()) -> Table:
@@ -53,6 +56,35 @@ def verdicts(answers: Answers, n: int) -> Table:
     for row in wrong[:n]:
         table.add_row(Text(row["id"]), Text(row["reason"]))
     return table
+
+
+def summary(results: StudyResults) -> Iterator[Table]:
+    """For each family and data set, how every run differs from the baseline over real edges."""
+    for (family, dataset), found in groupby(results.experiments, lambda e: (e.family, e.dataset)):
+        experiments = list(found)
+        several = len(experiments[0].names) > 2
+        table = _table(f"{family} on {dataset}, against {experiments[0].names[0]}", ())
+        for heading in ("α", *(["run"] if several else []), "pairs", *METRICS, "loss"):
+            table.add_column(heading, justify="left" if heading == "run" else "right")
+        for experiment in experiments:
+            for run in experiment.names[1:]:
+                differences = {d.metric: d for d in experiment.real.differences if d.run == run}
+                table.add_row(
+                    f"{experiment.alpha:g}",
+                    *([Text(run)] if several else []),
+                    f"{differences['loss'].n_pairs:,}",
+                    *(_change(differences.get(metric)) for metric in (*METRICS, "loss")),
+                )
+        yield table
+
+
+def _change(difference: Difference | None) -> str:
+    if difference is None:
+        return "–"
+    arrow = {"up": "↑", "down": "↓", "unresolved": "?"}[difference.direction]
+    if difference.metric == "kurtosis" or difference.value_baseline <= 0:
+        return f"{arrow} {difference.difference:+.3g}"
+    return f"{arrow} {difference.difference / difference.value_baseline:+.0%}"
 
 
 def _table(title: str, notes: Sequence[str]) -> Table:
