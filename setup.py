@@ -10,7 +10,7 @@ setup(
     # would shadow Hugging Face's `kernels`, which transformers imports.
     packages=["eaptk", "eaptk.kernels"],
     package_dir={"eaptk.kernels": "kernels"},
-    package_data={"eaptk": ["py.typed", "*.pyi"]},
+    package_data={"eaptk": ["py.typed", "*.pyi", "assets/*"]},
     ext_modules=[
         Pybind11Extension(
             "eaptk._native",

@@ -127,7 +127,11 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(STYLE):
             figure.savefig(paths[0], dpi=160)
+            # The second file has the layout of the first: finding one takes as long as drawing.
+            layout = figure.get_layout_engine()
+            figure.set_layout_engine("none")
             figure.savefig(paths[1], metadata={"Date": None})
+            figure.set_layout_engine(layout)
     except OSError as error:
         raise EaptkError(f"cannot write the picture {stem}: {error.strerror}") from error
     return paths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import matplotlib
@@ -57,14 +58,16 @@ def study_figures(results: StudyResults) -> Iterator[StudyFigure]:
     """Every picture of a study, one at a time; a part for which nothing was measured has none."""
     for dataset, found in grouped(lines(results.experiments), lambda line: line.experiment.dataset).items():
         for section, caption, draw in (
-            ("metrics", _METRICS_CAPTION, _metrics_figure),
             ("diversity", _DIVERSITY_CAPTION, _diversity_figure),
             ("lengths", _LENGTHS_CAPTION, _lengths_figure),
             ("sensitivity", _SENSITIVITY_CAPTION, _sensitivity_figure),
         ):
             yield from _figure(section, dataset, caption, draw, found)  # type: ignore[arg-type]
+        ends = {metric: _ends(found, metric) for metric in METRICS}
         for alpha, members in grouped(found, lambda line: line.experiment.alpha).items():
             name = f"{dataset}, α = {alpha:g}"
+            forest = partial(_metrics_figure, ends)
+            yield from _figure("metrics", name, _METRICS_CAPTION, forest, members)
             yield from _figure("validation", name, _VALIDATION_CAPTION, _validation_figure, members)
         for family, members in grouped(found, lambda line: line.experiment.family).items():
             name = f"{family}, {dataset}"
@@ -94,26 +97,31 @@ _METRICS_CAPTION = (
 )
 
 
-def _metrics_figure(found: list[Line]) -> Figure | None:
-    """Forests: a row of panels for each α, a column for each metric, families down each panel."""
-    alphas = grouped(found, lambda line: line.experiment.alpha)
-    tallest = max(map(len, alphas.values()))
-    figure = Figure(figsize=(11, 0.9 + len(alphas) * (0.55 + 0.2 * tallest)), layout="constrained")
-    heights = [0.55 + 0.2 * len(members) for members in alphas.values()]
-    panels = figure.subplots(len(alphas), len(METRICS), squeeze=False, sharex="col", height_ratios=heights)
-    for axes, metric in zip(panels[0], METRICS, strict=True):
+def _metrics_figure(ends: dict[str, tuple[float, float]], members: list[Line]) -> Figure | None:
+    """A forest: a panel for each metric, families down, on axes that all α share."""
+    figure = Figure(figsize=(11, 0.7 + 0.22 * len(members)), layout="constrained")
+    panels = figure.subplots(1, len(METRICS))
+    for axes, metric in zip(panels, METRICS, strict=True):
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        for y, line in enumerate(members):
+            _whisker(axes, line.real.get(metric), y, filled=True)
+            _whisker(axes, line.real.get(metric + AT_EQUAL_LOSS), y + 0.32, filled=False)
+        _families(axes, members, axes is panels[0])
+        axes.set_xlim(ends[metric])
+        axes.xaxis.set_major_formatter(lambda value, _: percent(value) if value else "0")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(metric)
-    for row, (alpha, members) in zip(panels, alphas.items(), strict=True):
-        for axes, metric in zip(row, METRICS, strict=True):
-            axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-            for y, line in enumerate(members):
-                _whisker(axes, line.real.get(metric), y, filled=True)
-                _whisker(axes, line.real.get(metric + AT_EQUAL_LOSS), y + 0.32, filled=False)
-            _families(axes, members, axes is row[0])
-            axes.xaxis.set_major_formatter(lambda value, _: percent(value) if value else "0")
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-        row[0].set_ylabel(f"α = {alpha:g}", fontsize=10)
     return figure
+
+
+def _ends(found: Sequence[Line], metric: str) -> tuple[float, float]:
+    """Where an axis begins and ends that holds every interval of a metric, and 0."""
+    names = (metric, metric + AT_EQUAL_LOSS)
+    shares = [relative(line.real[name]) for line in found for name in names if name in line.real]
+    reached = [0.0, *(end for share in shares if share is not None for end in share if end is not None)]
+    low, high = min(reached), max(reached)
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
 
 
 def _whisker(axes: Axes, d: Difference | None, y: float, filled: bool) -> None:
@@ -270,7 +278,8 @@ def _validation_figure(found: list[Line]) -> Figure | None:
     shown = [(experiment, v) for experiment in experiments for v in experiment.validation]
     if not shown:
         return None
-    figure, panels = _grid(len(shown), (2.2, 2.4), 5)
+    across = _ACROSS if len(shown) <= 2 * _ACROSS else 7
+    figure, panels = _grid(len(shown), (1.95, 2.2), across)
     for k, (axes, (experiment, v)) in enumerate(zip(panels, shown, strict=True)):
         predicted, exact = np.asarray(v.predicted), np.asarray(v.exact)
         sizes = np.abs(np.concatenate([predicted, exact]))
@@ -287,7 +296,7 @@ def _validation_figure(found: list[Line]) -> Figure | None:
         axes.plot(predicted, exact, ".", color=_MODELS[1], markersize=4, alpha=0.6, markeredgewidth=0)
         axes.set(xlim=ends, ylim=ends, aspect="equal")
         axes.set_xlabel("first order", fontsize=8)
-        if k % 5 == 0:
+        if k % across == 0:
             axes.set_ylabel("exact", fontsize=8)
         title = (_short(experiment.family), _short(v.model), f"r = {v.pearson:.3f}, slope {v.slope:.3f}")
         axes.set_title("\n".join(title), fontsize=8, parse_math=False)

@@ -59,7 +59,7 @@ class StudyTable:
         body = []
         for row, kind in zip(self.rows, self.kinds or ("",) * len(self.rows), strict=True):
             cells = [f'<th scope="row">{_html_cell(row[0])}</th>']
-            cells += [f'<td class="{cell.direction}">{_html_cell(cell)}</td>' for cell in row[1:]]
+            cells += [f'<td class="{_html_class(cell)}">{_html_cell(cell)}</td>' for cell in row[1:]]
             body.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         return (
@@ -284,7 +284,7 @@ def _by_family(results: StudyResults, columns: Callable[[Sequence[Line]], list[_
                 kinds.append("summary")
             for member in members:
                 comparison = member.experiment.real
-                small = (comparison.sample_size(), f"cut to {member.experiment.cut} tokens")
+                small = (comparison.sample_size(), f"cut {member.experiment.cut}")
                 cells = [_difference(getattr(member, side).get(metric)) for _, metric, side in shown]
                 rows.append((Cell(member.label, small), *cells))
                 kinds.append("member" if len(members) > 1 else "")
@@ -363,6 +363,11 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value))
     return "none" if value is None else str(value)
+
+
+def _html_class(cell: Cell) -> str:
+    """What is longer than a line of a column of numbers may break."""
+    return cell.direction or ("long" if max(map(len, (cell.text, *cell.small))) > 40 else "")
 
 
 def _html_cell(cell: Cell) -> str:
