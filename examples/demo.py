@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arithmetic_problems import (
+from arithmetic.problems import (
     END,
     Problem,
     final_result,

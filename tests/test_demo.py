@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import arithmetic_problems as problems
 import demo
+import problems
 import pytest
 import torch
 from transformers import AutoTokenizer

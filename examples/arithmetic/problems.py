@@ -1,8 +1,8 @@
-"""Word problems of two or three steps with worked answers, and the tokenizer that reads them.
+"""Word problems of several steps with worked answers, and the tokenizer that reads them.
 
-A problem is drawn as an expression such as ``14 + 5 - 7`` (worked from left to right, every value within
-0..99) and told as a story. The expression decides which side of the split it is on, so a held-out
-question asks for a calculation that no training question asked for in any wording.
+A problem is drawn as an expression such as ``14 + 5 - 7`` (worked from left to right, no value negative or
+above a level's largest) and told as a story. The expression decides which side of the split it is on, so a
+held-out question asks for a calculation that no training question asked for in any wording.
 """
 
 from __future__ import annotations
@@ -33,6 +33,28 @@ END, PADDING = "<end>", "<pad>"
 
 
 @dataclass(frozen=True)
+class Level:
+    """How hard problems are.
+
+    Args:
+        steps: numbers of steps, each as likely as the others.
+        largest: value that may occur.
+        operand: largest number added or taken away.
+        retold: share of steps whose worked answer first says again what happens
+            (`` He buys 5 more; 14 + 5 = 19;``); which ones, the question does not tell.
+    """
+
+    steps: tuple[int, ...]
+    largest: int
+    operand: int
+    retold: float
+
+
+EASY = Level(steps=(2, 3), largest=99, operand=9, retold=0.0)
+HARD = Level(steps=(2, 3, 4), largest=99, operand=9, retold=0.3)
+
+
+@dataclass(frozen=True)
 class Problem:
     """A question, its worked answer (`` 14 + 5 = 19; 19 - 7 = 12; #### 12``) and the expression behind both."""
 
@@ -46,15 +68,15 @@ class Problem:
         return zlib.crc32(self.expression.encode()) % 5 == 0
 
 
-def training_problems(seed: int, n: int) -> list[Problem]:
+def training_problems(seed: int, n: int, level: Level = EASY) -> list[Problem]:
     """`n` problems to train on; a few may be the same."""
-    return list(islice((problem for problem in _stream(seed) if not problem.held_out), n))
+    return list(islice((problem for problem in _stream(seed, level) if not problem.held_out), n))
 
 
-def held_out_problems(seed: int, n: int) -> list[Problem]:
+def held_out_problems(seed: int, n: int, level: Level = EASY) -> list[Problem]:
     """`n` problems with distinct expressions, none of which is ever trained on."""
     found: dict[str, Problem] = {}
-    for problem in _stream(seed):
+    for problem in _stream(seed, level):
         if len(found) == n:
             break
         if problem.held_out:
@@ -62,14 +84,14 @@ def held_out_problems(seed: int, n: int) -> list[Problem]:
     return list(found.values())
 
 
-def _stream(seed: int) -> Iterator[Problem]:
+def _stream(seed: int, level: Level) -> Iterator[Problem]:
     rng = random.Random(seed)
     while True:
-        yield _draw(rng)
+        yield _draw(rng, level)
 
 
-def _draw(rng: random.Random) -> Problem:
-    n_steps = rng.choice((2, 3))
+def _draw(rng: random.Random, level: Level) -> Problem:
+    n_steps = rng.choice(level.steps)
     name, friend = rng.sample(sorted(PEOPLE), 2)
     words = {"name": name, "he": PEOPLE[name], "friend": friend, "things": rng.choice(THINGS)}
     worked: list[str] = []
@@ -85,12 +107,14 @@ def _draw(rng: random.Random) -> Problem:
         question = OPENING.format(n=value, **words)
 
     while len(worked) < n_steps:
-        # Values stay within 0..99: at either end only one sign is left.
-        sign = "-" if value == 99 else "+" if value == 0 else rng.choice("+-")
-        n = rng.randint(1, min(9, 99 - value if sign == "+" else value))
+        # Values stay within bounds: at either end only one sign is left.
+        sign = "-" if value == level.largest else "+" if value == 0 else rng.choice("+-")
+        n = rng.randint(1, min(level.operand, level.largest - value if sign == "+" else value))
         result = value + n if sign == "+" else value - n
-        question += rng.choice(EVENTS[sign]).format(n=n, **words)
-        worked.append(f" {value} {sign} {n} = {result};")
+        event = rng.choice(EVENTS[sign]).format(n=n, **words)
+        question += event
+        retold = event[:-1] + ";" if level.retold and rng.random() < level.retold else ""
+        worked.append(f"{retold} {value} {sign} {n} = {result};")
         value, expression = result, f"{expression} {sign} {n}"
 
     return Problem(question + CLOSING.format(**words), "".join(worked) + f" #### {value}", expression)
