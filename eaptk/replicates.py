@@ -14,10 +14,11 @@ difference is seen only between replicates. For the mean difference of S of them
 
 are combined by adding the squares of their margins on either side (Zou & Donner 2008, MOVER). The interval is for
 new seeds and new questions at once, and cautious: what is particular to a seed *and* a question counts in both.
-
-With S = 3 it is wide (t = 4.3 at 95 %), and nothing honest is narrower: a bootstrap that redraws seeds as well as
-questions knows three values, draws all seeds alike in one of nine draws, and covers far less than it says.
-Nor can three signs reject anything (2/2³ = 0.25). The interval takes the differences of replicates to be normal.
+Simulated with S = 3, at 95 % it covers 95–99 % whichever of the two varies more. Student's interval of the seeds
+alone covers 18 % where questions do; a bootstrap that redraws seeds as well as questions covers 76 % where seeds
+do, as it knows three values and draws one of them three times in one of nine draws. So three seeds give a wide
+interval (t = 4.3), and nothing honest is narrower. Nor can three signs reject anything (2/2³ = 0.25). The
+differences of replicates are taken to be normal.
 """
 
 from __future__ import annotations
