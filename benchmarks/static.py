@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel in every shipped configuration, without a GPU.
 
-Each is compiled for four targets; registers, shared memory, spills and the instructions that matter are read from
+Each is compiled for five targets; registers, shared memory, spills and the instructions that matter are read from
 the machine code. Exits with 1 if a configuration spills, exceeds the target's shared memory, multiplies
 bfloat16 or float16 outside the tensor cores, or loads less than 128 bits at a time.
 
@@ -155,12 +155,13 @@ def _of_dtype(dtype: torch.dtype, target: Target) -> Iterator[Configuration]:
             tensor,
             True,
         )
-    tile = tuning.expand_config(dtype, target)
     for kind, normed, patched, stride in (
         ("source", False, False, "weight_stride_h"),
         ("source+patch", False, True, "weight_stride_h"),
         ("destination", True, False, "weight_stride_d"),
+        ("destination beside patch", True, False, "weight_stride_d"),
     ):
+        tile = tuning.expand_config(dtype, kind.endswith("patch"), target)
         constants = {
             "DTYPE": triton_dtype,
             "OTHER_DTYPE": triton_dtype,

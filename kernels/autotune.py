@@ -38,10 +38,10 @@ from .tuning import (
     ExpandConfig,
     HeadConfig,
     block_config,
-    block_shape,
     expand_config,
     head_config,
     number,
+    shape_class,
 )
 
 #: ‖candidate − table's‖ / ‖table's‖ that the order of float32 sums, and what it rounds to in scratch, may make.
@@ -66,7 +66,7 @@ def tuned(
     width = sources[0].value.shape[-1] if sources[0].weight is None else sources[0].weight.shape[-1]
     where = f"{card(sources[0].value.device)} | triton {triton.__version__}"
     shape = (
-        f"{str(dtype).removeprefix('torch.')} {block_shape(normed, patched)} {rows[0]}x{rows[1]} of {width}"
+        f"{str(dtype).removeprefix('torch.')} {shape_class(normed, patched)} {rows[0]}x{rows[1]} of {width}"
     )
 
     def scores(contract: Contract) -> Callable[[], Tensor]:
@@ -86,7 +86,7 @@ def tuned(
     )
     expansion = _fastest(
         f"{where} | expand | {shape}",
-        [expand_config(dtype, target), *EXPAND_CANDIDATES[number(dtype)]],
+        [expand_config(dtype, patched, target), *EXPAND_CANDIDATES[number(dtype)]],
         lambda config: scores(partial(contract_head, config=head, expansion=config)),
     )
     return partial(contract_head, config=head, expansion=expansion)

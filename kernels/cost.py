@@ -90,7 +90,7 @@ def head_cost(
     target: Target,
 ) -> HeadCost:
     """Of rows of which so many come as heads; `reach` as in `tiles.tiles`."""
-    config, expansion = head_config(dtype, target), expand_config(dtype, target)
+    config, expansion = head_config(dtype, target), expand_config(dtype, False, target)
     projection = projection_config(dtype, head_dim, target)
     lists = tiles(reach, config.block_d, config.widths)
     area = sum(config.block_d * block_s * len(members) for block_s, members in lists.items())

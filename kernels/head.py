@@ -93,7 +93,6 @@ def contract_head(
     sources = read_by(sources, destinations)
     dtype = operand_dtype(sources, destinations)
     config = config or head_config(dtype, current())
-    expansion = expansion or expand_config(dtype, current())
     device = sources[0].value.device
     lead = (sources[0].value.shape[0], sources[0].value.shape[1])
     width = (sources[0].value if sources[0].weight is None else sources[0].weight).shape[-1]
@@ -101,6 +100,7 @@ def contract_head(
     left_rows = left.tensor(device)
     statistics = norm_statistics(destinations, left, left_rows, lengths)
     patched = sources[0].replacement is not None
+    expansion = expansion or expand_config(dtype, patched, current())
     gradient_side = Side(left, left_rows, groups(destinations, device), False, statistics)
     source_side = Side(right, right.tensor(device), groups(sources, device), patched, None)
     tile_lists = tiles(row_reach(destinations), config.block_d, config.widths)

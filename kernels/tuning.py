@@ -70,7 +70,7 @@ BLOCK: Sequence[Row[BlockConfig]] = (
     (ANY, "float", ANY, BlockConfig(64, 64, 16, stages=2, warps=8)),
     ("cdna", "half", "plain", BlockConfig(128, 64, 64, stages=2, warps=8)),
     ("cdna", "half", ANY, BlockConfig(128, 64, 32, stages=2, warps=8)),
-    ("ampere", "half", "norm+patch", BlockConfig(64, 64, 32, stages=3, warps=8)),
+    ("ampere", "half", "norm+patch", BlockConfig(64, 32, 32, stages=3, warps=8)),
     (ANY, "half", "plain", BlockConfig(128, 64, 64, stages=3, warps=8)),
     (ANY, "half", ANY, BlockConfig(128, 64, 32, stages=3, warps=8)),
 )
@@ -83,10 +83,12 @@ HEAD: Sequence[Row[HeadConfig]] = (
     (ANY, "half", ANY, HeadConfig(128, (128, 64), 64, stages=3, warps=8)),
 )
 
+#: Shape class: what is formed in registers.
 EXPAND: Sequence[Row[ExpandConfig]] = (
     ("cdna", "float", ANY, ExpandConfig(64, 64, 16, warps=4)),
     ("cdna", "half", ANY, ExpandConfig(64, 128, 64, warps=4)),
     (ANY, "float", ANY, ExpandConfig(64, 64, 16, warps=8)),
+    ("ampere", "half", "patch", ExpandConfig(64, 128, 32, warps=8)),
     (ANY, "half", ANY, ExpandConfig(64, 128, 64, warps=8)),
 )
 
@@ -153,21 +155,21 @@ def number(dtype: torch.dtype) -> str:
     return "float" if dtype == torch.float32 else "half"
 
 
-def block_shape(normed: bool, patched: bool) -> str:
-    """Shape class of a block contraction."""
+def shape_class(normed: bool, patched: bool) -> str:
+    """Shape class: what is formed in registers."""
     return "+".join([*["norm"] * normed, *["patch"] * patched]) or "plain"
 
 
 def block_config(dtype: torch.dtype, normed: bool, patched: bool, target: Target) -> BlockConfig:
-    return _first(BLOCK, dtype, target, block_shape(normed, patched))
+    return _first(BLOCK, dtype, target, shape_class(normed, patched))
 
 
 def head_config(dtype: torch.dtype, target: Target) -> HeadConfig:
     return _first(HEAD, dtype, target, ANY)
 
 
-def expand_config(dtype: torch.dtype, target: Target) -> ExpandConfig:
-    return _first(EXPAND, dtype, target, ANY)
+def expand_config(dtype: torch.dtype, patched: bool, target: Target) -> ExpandConfig:
+    return _first(EXPAND, dtype, target, shape_class(False, patched))
 
 
 def projection_config(dtype: torch.dtype, head_dim: int, target: Target) -> ProjectionConfig:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 Row = dict[str, Any]
 
 
@@ -59,6 +59,7 @@ def test_every_product_is_compiled_for_every_target(rows: list[Row], target: str
         "norm of 64",
         "norm of 128",
         "norm of 256",
+        "norm of 512",
     )
     expansions = ("expand source", "expand source+patch", "expand destination", "head x128", "head x64")
     assert {f"{kind} {dtype}" for kind in (*products, *expansions)} <= kinds
