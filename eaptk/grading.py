@@ -24,6 +24,11 @@ from eaptk.questions import marked_answer
 #: Seconds that reading or comparing one expression may take.
 _TIMEOUT = 5
 
+#: What an expression of numbers alone is written with.
+_ARITHMETIC = re.compile(
+    r"\\(?:[dt]?frac|sqrt|pi|times|cdot|left|right|[%,!$])|(?<=\d),(?=\d{3}(?!\d))|[\d\s{}()\[\]+\-*/^.$%]"
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -64,9 +69,15 @@ def grade(answer: str, reference: str) -> Verdict:
         return Verdict(False, "no final answer found", None)
     if not expected:
         return Verdict(False, f"{given} is not {reference}, which cannot be read as mathematics", given)
-    if _verify(expected, found):
-        return Verdict(True, f"{given} equals {reference}", given)
-    return Verdict(False, f"{given} is not {reference}", given)
+    if not _verify(expected, found):
+        return Verdict(False, f"{given} is not {reference}", given)
+    if not (_read_whole(reference, expected) or _numerals(given) == _numerals(reference)):
+        return Verdict(
+            False, f"{given} has not the numbers of {reference}, which is read in part only", given
+        )
+    if not _same_equation(expected[0], found[0]):
+        return Verdict(False, f"{given} is another equation than {reference}", given)
+    return Verdict(True, f"{given} equals {reference}", given)
 
 
 def _shown(found: tuple[Any, ...], marked: str | None) -> str | None:
@@ -92,6 +103,45 @@ def _expressions(text: str) -> tuple[Any, ...]:
 
 def _verify(expected: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
     return bool(_math_verify().verify(list(expected), list(found), timeout_seconds=_timeout()))
+
+
+def _read_whole(text: str, expressions: tuple[Any, ...]) -> bool:
+    """Whether every number of a text went into the expression that was read from it.
+
+    Of "10 ft x 18 ft", or of two answers behind each other, math-verify reads one and is content with that.
+    """
+    numerals = _numerals(text)
+    # Of a number alone, however it is written, nothing can have been left out.
+    if len(numerals) <= 1 or not _ARITHMETIC.sub("", _without_units(text)):
+        return True
+    atoms = [atom for e in expressions for atom in getattr(e, "atoms", set)() if atom.is_number]
+    fractions = [abs(part) for atom in atoms if atom.is_Rational for part in (atom.p, atom.q)]
+    seen = [*fractions, *(abs(float(atom)) for atom in atoms if atom.is_Float)]
+    return all(any(abs(n - value) <= 1e-9 * max(n, 1) for value in seen) for n in numerals)
+
+
+def _numerals(text: str) -> list[float]:
+    """The numbers in a text, sorted; those of units ("inches^2") are none."""
+    text = _without_units(text)
+    text = re.sub(r"(?<=\d)(?:,|\\[,!]|\{,\})+(?=\d{3}(?!\d))", "", text)
+    return sorted(map(float, re.findall(r"\d+(?:\.\d+)?|\.\d+", text)))
+
+
+def _without_units(text: str) -> str:
+    return re.sub(r"\\(?:text|mbox|mathrm|textbf)\s*\{[^{}]*\}\s*(?:\^\s*(?:\{\s*\d+\s*\}|\d))?", " ", text)
+
+
+def _same_equation(expected: Any, found: Any) -> bool:
+    """Two equations hold for the same values if their sides differ by a factor.
+
+    math-verify compares their solutions and takes some for equal that are not.
+    """
+    from sympy import Eq, cancel  # type: ignore[import-untyped]
+
+    if not (isinstance(expected, Eq) and isinstance(found, Eq)):
+        return True
+    left, right = (each.lhs - each.rhs for each in (expected, found))
+    return bool(left == right or (right != 0 and cancel(left / right).is_number))
 
 
 def _timeout() -> int | None:
