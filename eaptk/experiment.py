@@ -25,7 +25,7 @@ class Validation:
 
     Args:
         model: its name in the study.
-        n_edges, n_samples: of the subset; there are n = n_edges · n_samples pairs.
+        n_edges, n_samples: of the subset; there are n = n_samples · n_edges pairs, all edges of one sample first.
         pearson, spearman: correlations of `predicted` and `exact`.
         slope: of `exact` against `predicted`, least squares through the origin; 1 if first order is all.
         sign_agreement: share of pairs of one sign, in [0, 1].
