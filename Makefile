@@ -6,6 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: test demo bench format clean
 
 test: $(INSTALLED)
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; $(BIN)/playwright install chromium
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
