@@ -2,7 +2,7 @@
 
 *Bootstrap* (Efron & Tibshirani 1993): questions are drawn with replacement, both runs with the same draw. If
 samples carry a group, whole groups are drawn: samples of one question are not independent. Intervals are expanded
-percentile intervals (Hesterberg 2015, The American Statistician 69, §3.3): a draw of n groups varies by
+percentile intervals (Hesterberg 2015, The American Statistician 69): a draw of n groups varies by
 √((n − 1)/n) too little and its quantiles are those of a normal, not of Student's distribution, so the tails are
 taken where they make the interval of a mean as long as Student's: at Φ(−√(n/(n − 1)) · t(n − 1)). Measured on means of
 n = 10 … 100 differences, at 95 %: normal or heavy-tailed on both sides (t with 3 degrees of freedom, differences
