@@ -9,10 +9,10 @@ makes (`flush_cuts`); sizes are estimates, and `tests/test_plan.py` holds them t
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -239,11 +239,14 @@ class Work:
         return 2 * self.n_samples * self.n_tokens * self.width * pairs
 
     def expansion_flops(self, flush_layers: int) -> int:
-        """Of expanding heads: destinations once, sources once a flush group that reads them."""
+        """Of expanding heads: destinations once, sources once a flush group that reads them.
+
+        The kernels multiply what destinations read with their weights once more, for the norms' statistics.
+        """
         if self.graph.granularity == "block":
             return 0
         head_dim = self.query_width // self.graph.n_heads
-        rows = sum(r.rows for r in self.readers if r.branch)
+        rows = sum(r.rows for r in self.readers if r.branch) * (1 + self.on_gpu)
         rows += self.graph.n_heads * sum(
             len(self._sources_read(now)) for _, now in self.flushes(flush_layers)
         )
@@ -345,9 +348,11 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2**63 - 1
+        # What is free alone leaves out the pages of files, which give way.
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else 2**63 - 1
 
 
 def foresee(

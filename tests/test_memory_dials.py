@@ -152,3 +152,14 @@ def test_a_loss_that_fails_under_checkpointing_leaves_the_model_as_found() -> No
     with pytest.raises(ZeroDivisionError):
         attribute(model, tiny_batch(), Graph.from_model(model), loss=broken, checkpoint=True)
     assert all("forward" not in vars(layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_kernels_bits_do_not_depend_on_flush_groups_either(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EAPTK_BACKEND", "triton")
+    model, batch = tiny_model("llama", torch.bfloat16, num_hidden_layers=5), tiny_batch(1)
+    graph = Graph.from_model(model, granularity)
+    whole = attribute(model, batch, graph, flush_layers=5)
+    assert torch.equal(attribute(model, batch, graph, flush_layers=1).rows, whole.rows)
