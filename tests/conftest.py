@@ -24,8 +24,8 @@ MOUNTS = shutil.which("unshare") is None or not subprocess.call(
     ["unshare", "--map-root-user", "--mount", "true"], stderr=subprocess.DEVNULL
 )
 
-# Values another tool computed and public benchmarks may lie beside the checkout, and the kernel may let a test mount a disk of its
-# own. Without them their tests do not exist at all: none passes, none is skipped.
+# Values another tool computed and public benchmarks may lie beside the checkout, and the kernel may let a test
+# mount a disk of its own. Without them their tests do not exist at all: none passes, none is skipped.
 BENCHMARKS = (Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test.jsonl").exists()
 
 collect_ignore = [

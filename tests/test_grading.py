@@ -61,9 +61,13 @@ def test_an_answer_that_means_something_else_is_wrong(answer: str, reference: st
         ("I do not know", "18", Verdict(False, "no final answer found", None)),
         ("", "18", Verdict(False, "no final answer found", None)),
         (
-            "\\boxed{13}",
-            "13 n, 2 d",
-            Verdict(False, "13 has not the numbers of 13 n, 2 d, which is read in part only", "13"),
+            "\\boxed{10}",
+            "$10 \\mathrm{ft} x 18 \\mathrm{ft}$",
+            Verdict(
+                False,
+                "10 has not the numbers of $10 \\mathrm{ft} x 18 \\mathrm{ft}$, which is read in part only",
+                "10",
+            ),
         ),
     ],
 )

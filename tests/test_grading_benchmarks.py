@@ -48,7 +48,7 @@ def test_the_solutions_of_a_benchmark_are_right(name: str) -> None:
 @pytest.mark.parametrize(("name", "least", "every"), [
     ("gsm8k_test", 1.0, 1),
     ("math500_test", 0.98, 3),
-    ("college_math_test", 0.94, 6),
+    ("college_math_test", 0.9, 12),
 ])  # fmt: skip
 def test_a_changed_digit_in_the_reference_makes_them_wrong(name: str, least: float, every: int) -> None:
     rng = random.Random(0)
