@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from accounting import peak_bytes
 from tiny import NAMES, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 from eaptk import Batch, EaptkError, Graph, Sample, attribute, collate
 from eaptk.capture import Capture, frozen
 from eaptk.kernels import Destination, Source, contract
-from eaptk.kernels.reference import SCRATCH
+from eaptk.kernels.reference import MIN_TOKENS
 from eaptk.sites import Sites
 
 GRANULARITIES = ["block", "head"]
@@ -66,11 +67,13 @@ def test_neither_does_either_under_another_method(
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_flush_groups_of_sequences_contracted_in_several_chunks_agree_to_the_bit(granularity: str) -> None:
-    model = deep("qwen2", hidden_size=384, max_position_embeddings=2048)
+def test_flush_groups_of_sequences_contracted_in_several_chunks_agree_to_the_bit(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eaptk.kernels.reference.SCRATCH", 0)  # the smallest chunks
+    model = deep("qwen2", max_position_embeddings=128)
     graph = Graph.from_model(model, granularity)
-    batch = collate([Sample("long", (1,) * 1501, (2, 3)), Sample("short", (4, 5), (6,))])
-    assert graph.n_sources * 1501 * 384 > SCRATCH, "one chunk would do"
+    batch = collate([Sample("long", (1,) * 7 * MIN_TOKENS, (2, 3)), Sample("short", (4, 5), (6,))])
     whole = attribute(model, batch, graph, flush_layers=LAYERS)
     assert torch.equal(attribute(model, batch, graph, flush_layers=2).rows, whole.rows)
 
@@ -89,6 +92,22 @@ def test_a_sample_is_cut_the_same_way_whatever_its_neighbours() -> None:
     )
     together = contract(sources, destinations, [1500, 2600])
     assert torch.equal(contract(*alone, [1500]), together[:1])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_each_dial_saves_memory(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eaptk.kernels.reference.SCRATCH", 2**16)  # of no matter here
+    model = deep("llama", hidden_size=64, intermediate_size=160, max_position_embeddings=512)
+    graph = Graph.from_model(model, granularity)
+    batch = collate([Sample("long", (1,) * 400, (2, 3))])
+
+    def peak(flush_layers: int, checkpoint: bool) -> int:
+        return peak_bytes(
+            lambda: attribute(model, batch, graph, flush_layers=flush_layers, checkpoint=checkpoint)
+        )
+
+    neither, again, both = peak(LAYERS, False), peak(LAYERS, True), peak(1, True)
+    assert both < 0.8 * again < 0.6 * neither
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
