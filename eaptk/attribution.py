@@ -273,9 +273,12 @@ class _Contraction:
                 self._parts.append(contract(self._sources, self._run.destinations(readers), self._lengths))
             except ValueError as error:
                 entry = self._run.sites.architecture.model_type
-                raise EaptkError(
-                    f"{error} (a shape that does not fit: architecture entry {entry!r} names a wrong module)"
-                ) from error
+                hint = (
+                    f" (architecture entry {entry!r} names a wrong module)"
+                    if ": shape " in str(error)
+                    else ""
+                )
+                raise EaptkError(f"{error}{hint}") from error
         self._run.release(readers)
         self._left = first
 
