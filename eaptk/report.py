@@ -48,8 +48,8 @@ from eaptk.study_tables import (
     validations,
 )
 
-#: Colours of a picture inside the page: enough for two colour scales and the edges of letters.
-_PALETTE = 192
+#: A picture of more than this is one of thousands of edges, finer than the eye; its file has them all.
+_MOST_BYTES = 300_000
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class _Picture:
 
     stem: str
     caption: str
-    png: bytes = field(repr=False)
+    webp: bytes = field(repr=False)
     width: int
 
     def to_html(self) -> str:
-        source = base64.b64encode(self.png).decode()
+        source = base64.b64encode(self.webp).decode()
         caption = html.escape(self.caption)
         return (
-            f'<figure><img alt="{caption}" width="{self.width}" src="data:image/png;base64,{source}">'
+            f'<figure><img alt="{caption}" width="{self.width}" src="data:image/webp;base64,{source}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
 
@@ -160,18 +160,24 @@ def _write_pictures(results: StudyResults, folder: Path) -> tuple[dict[str, list
         png, svg = save_figure(found.figure, folder / stem)
         paths += [png, svg]
         width = round(90 * found.figure.get_size_inches()[0])
-        pictures.setdefault(found.section, []).append(_Picture(stem, found.caption, _small(png), width))
+        pictures.setdefault(found.section, []).append(
+            _Picture(stem, found.caption, _small(png, width), width)
+        )
     return pictures, paths
 
 
-def _small(png: Path) -> bytes:
-    """A picture in few colours, a third of its bytes."""
+def _small(png: Path, width: int) -> bytes:
+    """A picture for the page: WebP, a third of the bytes; heatmaps of large graphs no finer than they are shown."""
     from PIL import Image
 
     small = io.BytesIO()
     with Image.open(png) as image:
-        few = image.convert("RGB").quantize(_PALETTE, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        few.save(small, "PNG", optimize=True)
+        whole = image.convert("RGB")
+    whole.save(small, "WEBP", lossless=True)
+    if small.tell() <= _MOST_BYTES:
+        return small.getvalue()
+    small = io.BytesIO()
+    whole.resize((width, round(whole.height * width / whole.width))).save(small, "WEBP", quality=90)
     return small.getvalue()
 
 
@@ -219,7 +225,7 @@ def _parts(results: StudyResults, pictures: dict[str, list[_Picture]]) -> list[_
         _Part(
             "selection",
             "Questions and answers",
-            (_SELECTION, *(f"{name}: {why}." for name, why in reasons(results))),
+            (_SELECTION, *(f"Left at “{name}”: {'; '.join(why)}." for name, why in reasons(results).items())),
             funnels(results),
             pictures.get("lengths", ()),
         )

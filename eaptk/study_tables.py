@@ -196,10 +196,13 @@ def funnels(results: StudyResults) -> list[StudyTable]:
     return found
 
 
-def reasons(results: StudyResults) -> list[tuple[str, str]]:
-    """Why questions left at each stage: (stage, reason), each once."""
-    stages = (stage for experiment in results.experiments for stage in experiment.funnel)
-    return list(dict.fromkeys((stage.name, stage.why) for stage in stages if stage.why))
+def reasons(results: StudyResults) -> dict[str, list[str]]:
+    """Why questions left, each reason once, by the stage at which any did."""
+    found: dict[str, list[str]] = {}
+    for stage in (stage for experiment in results.experiments for stage in experiment.funnel):
+        if stage.n_out < stage.n_in and stage.why not in found.setdefault(stage.name, []):
+            found[stage.name].append(stage.why)
+    return found
 
 
 def notes(results: StudyResults) -> list[tuple[str, list[str]]]:
@@ -359,7 +362,10 @@ def _with_alphas(cell: Cell, members: Sequence[Experiment]) -> Cell:
 def _plain(value: Any) -> str:
     """A JSON value in words."""
     if isinstance(value, dict):
-        return "; ".join(f"{name}: {_plain(each)}" for name, each in value.items())
+        return "; ".join(
+            f"{name} ({_plain(each)})" if isinstance(each, dict) else f"{name}: {_plain(each)}"
+            for name, each in value.items()
+        )
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value))
     return "none" if value is None else str(value)

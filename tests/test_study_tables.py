@@ -22,6 +22,7 @@ from eaptk.study_tables import (
     markdown,
     notes,
     percent,
+    reasons,
     validations,
 )
 
@@ -163,6 +164,14 @@ def test_a_funnel_that_is_the_same_for_every_share_is_shown_once() -> None:
     assert [each.small for each in same.rows[0][3:5]] == [("−60",), ()]
     (differing,) = funnels(make_study([BASE, other]))
     assert [row[0].small for row in differing.rows] == [("α = 0.3",), ("α = 0.5",)]
+
+
+def test_a_stage_that_nobody_left_needs_no_reason() -> None:
+    assert reasons(make_study([BASE, replace(BASE, alpha=0.5)])) == {
+        "right": ["an answer is wrong or missing"],
+        "length": ["mean length outside 0.5 to 1.5 of the reference"],
+        "sampled": ["not drawn"],
+    }
 
 
 def test_a_note_names_every_experiment_it_is_about() -> None:

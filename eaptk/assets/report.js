@@ -206,6 +206,7 @@
 
   /** What stands beside rows or columns: every name where there is room, else layers. */
   function labels(nodes, shown, size) {
+    const inside = (at) => Math.min(Math.max(at, 6), shown.length * size - 6);
     if (size >= 11) return shown.map((i, at) => ({ at: (at + 0.5) * size, text: nodes[i].name }));
     const groups = [];
     shown.forEach((i, at) => {
@@ -215,7 +216,7 @@
     });
     let free = -Infinity;
     return groups
-      .map(({ text, first, last }) => ({ text, at: ((first + last + 1) / 2) * size }))
+      .map(({ text, first, last }) => ({ text, at: inside(((first + last + 1) / 2) * size) }))
       .filter(({ at }) => at - free >= 11 && ((free = at), true));
   }
 
