@@ -238,11 +238,11 @@ def answer_questions(
             "finished": [row[-1] in ends for row in rows],
         }
     )
-    found = Answers(out, facts, table)
-    found.write()
+    Answers(out, facts, table).write()
     for journal in out.parent.glob(f".{out.name}.*.jsonl"):
         journal.unlink()
-    return found
+    # As read back, whether answered now or before: the file written from it is then the same to the byte.
+    return Answers.open(out)
 
 
 def with_columns(answers: Answers, columns: dict[str, Any], **facts: Any) -> Answers:
