@@ -302,10 +302,11 @@ def _intro(results: StudyResults) -> list[str]:
     resolved = sum(d.direction != "unresolved" for d in tested)
     surely = sum(d.direction != "unresolved" and (d.p_holm or 0) <= 1 - d.confidence for d in tested)
     resampling, graph = first.resampling, first.graph
+    n_edges = " or ".join(f"{n:,}" for n in sorted({e.real.graph.n_edges for e in experiments}))
     return [
         f"{_count(len(experiments), 'experiment')}: {_count(n_families, 'family', 'families')} of models on "
         f"{', '.join(datasets)} at α = {', '.join(f'{alpha:g}' for alpha in alphas)}, questions selected by "
-        f"protocol {results.protocol}. Edges of {graph.granularity}s ({graph.n_edges:,} in the first), "
+        f"protocol {results.protocol}. {n_edges} edges, {graph.granularity} level, "
         f"{first.ablation} ablation. Intervals: {resampling.confidence:.0%}, paired bootstrap of questions, "
         f"{resampling.n_resamples:,} draws, seed {resampling.seed}; tests: as many paired permutations; complexity: "
         f"{first.metrics[0].bins} bins up to the largest |W| of an experiment's models, logarithms to base "

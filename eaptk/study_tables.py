@@ -330,7 +330,9 @@ def _summary(
     baselines = [d.value_baseline for d in mean.differences]
     scale = sum(baselines) / len(baselines) if min(baselines) > 0 else None
     interval = _interval(mean.low, mean.high, scale)
-    return Cell(f"{ARROWS[mean.direction]} {_size(mean.mean, scale)}", (interval, counts), mean.direction)
+    return Cell(
+        f"{ARROWS[mean.direction]} {_size(mean.mean, scale)}", (f"{interval} {counts}",), mean.direction
+    )
 
 
 def _difference(d: Difference | None, brief: bool = False) -> Cell:
