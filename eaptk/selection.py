@@ -283,8 +283,8 @@ class Selection:
         reached = np.asarray((self.kept_lengths >= cut).all(0))
         n_short = int((~reached).sum())
         if not drop_short or not n_short:
-            why = f"cut to {cut} tokens; {n_short or 'no'} answers are shorter" + " and scored whole" * (
-                n_short > 0
+            why = f"cut to {cut} tokens" + (
+                f"; scored whole as they are shorter: {n_short}" if n_short else ""
             )
             return self.ids, Stage("cut", n, n, why)
         ids = tuple(name for name, kept in zip(self.ids, reached, strict=True) if kept)

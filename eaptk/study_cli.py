@@ -167,7 +167,10 @@ def grade(
     answers: Annotated[list[Path], typer.Argument(help="Files that generate wrote.", metavar="ANSWERS")],
     wrong: Annotated[int, typer.Option(min=0, help="How many wrong answers to show, with the reason.")] = 0,
 ) -> None:
-    """Grade answers by their final result, with math-verify, and keep verdict and reason in the file.
+    """Grade answers by their final result and keep verdict and reason in the file.
+
+    The final result is what follows ####, what the last \\boxed{} holds, or
+    else what math-verify finds.
 
     Examples:
 

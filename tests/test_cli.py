@@ -68,7 +68,10 @@ assert not loaded, loaded
     assert "Usage: eaptk" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["score", "inspect", "metrics", "compare", "check"])
+@pytest.mark.parametrize(
+    "command",
+    ["score", "inspect", "metrics", "compare", "check", "study", "generate", "grade", "select"],
+)
 def test_help_fits_a_terminal_of_80_columns_with_its_examples_set_apart(command: str) -> None:
     environment = {**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
     shown = subprocess.run(

@@ -275,10 +275,10 @@ def test_alpha_cuts_to_a_share_of_the_reference_and_says_what_is_shorter() -> No
     found = select([make_answers("a", [20, 22, 12, 26]), make_answers("b", [20, 22, 16, 26])], NO_DRAW)
     assert found.reference == 20
     assert [found.cut(alpha) for alpha in (0.01, 0.3, 0.7, 1)] == [1, 6, 14, 20]
-    assert found.at(0.3) == (found.ids, Stage("cut", 4, 4, "cut to 6 tokens; no answers are shorter"))
+    assert found.at(0.3) == (found.ids, Stage("cut", 4, 4, "cut to 6 tokens"))
     whole, stage = found.at(0.7)
     assert whole == found.ids
-    assert stage.why == "cut to 14 tokens; 1 answers are shorter and scored whole"
+    assert stage.why == "cut to 14 tokens; scored whole as they are shorter: 1"
     long, stage = found.at(0.7, drop_short=True)
     assert long == ("q0", "q1", "q3")
     assert (stage.n_in, stage.n_out) == (4, 3)
