@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from eaptk.experiment import Experiment, StudyResults
@@ -148,7 +148,8 @@ def glance(results: StudyResults) -> list[StudyTable]:
                     _summary([m for m in members if m.group == group], metric, "real", replicates)
                     for group in groups
                 ]
-                rows.append((Cell(metric), Cell(f"{alpha:g}"), *cells))
+                short = (replace(cell, small=(" ".join(cell.small),)) for cell in cells)
+                rows.append((Cell(metric), Cell(f"{alpha:g}"), *short))
         tables.append(StudyTable(dataset, ("metric", "α", *groups), tuple(rows)))
     return tables
 
@@ -330,9 +331,7 @@ def _summary(
     baselines = [d.value_baseline for d in mean.differences]
     scale = sum(baselines) / len(baselines) if min(baselines) > 0 else None
     interval = _interval(mean.low, mean.high, scale)
-    return Cell(
-        f"{ARROWS[mean.direction]} {_size(mean.mean, scale)}", (f"{interval} {counts}",), mean.direction
-    )
+    return Cell(f"{ARROWS[mean.direction]} {_size(mean.mean, scale)}", (interval, counts), mean.direction)
 
 
 def _difference(d: Difference | None, brief: bool = False) -> Cell:
