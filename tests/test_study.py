@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from eaptk.comparison import compare
 from eaptk.errors import EaptkError
 from eaptk.experiment import StudyResults
 from eaptk.resampling import Resampling
+from eaptk.run import score
 from eaptk.selection import PROTOCOLS, select
 from eaptk.store import Run
-from eaptk.study import run_study
-from eaptk.study_file import read_study
+from eaptk.study import run_study, select_stage, settings
+from eaptk.study_file import make_study, read_study
 
 OPTIONS = {
     "alphas": [0.2, 0.6],
@@ -328,3 +330,75 @@ def test_what_stops_a_study_is_said_in_one_line(
     assert error.startswith("eaptk: error: ")
     assert error.count("\n") == 1, error
     assert message in error
+
+
+def test_models_that_do_not_differ_are_compared_all_the_same(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "sft", tmp_path / "twin")
+    models = {"sft": str(place / "sft"), "twin": str(tmp_path / "twin")}
+    content = OPTIONS | {"models": models, "datasets": [str(place / "exam.jsonl")], "alphas": [0.6]}
+    found = run_study(
+        make_study(content | {"name": "twins"}), tmp_path / "out", until="compare", progress=False
+    )
+    assert found is not None
+    (experiment,) = found.experiments
+    assert all(d.difference == 0 and d.direction == "unresolved" for d in experiment.real.differences)
+    assert any(
+        note.startswith("nothing at equal loss: the loss of twin differs") for note in experiment.real.notes
+    )
+
+
+@pytest.mark.usefixtures("results")
+def test_questions_with_answers_shorter_than_the_cut_are_dropped_on_request(place: Path) -> None:
+    files = {n: Answers.open(place / f"out/answers/{n}/exam.parquet") for n in ("sft", "rl")}
+    changes = {"families": [{"name": "f", "models": ["sft", "rl"]}], "alphas": [0.2, 1.0]}
+    found = []
+    for drop in (False, True):
+        study = read_study(place / "study.yaml", changes | {"drop_short": drop})
+        chosen = select_stage(study, {(n, "exam"): a for n, a in files.items()}, place / "short")
+        found.append(settings(study, chosen)[-1])
+    kept, dropped = found
+    lengths = {q: min(len(s.answer_ids) for a in files.values() for s in a.samples([q])) for q in kept.ids}
+    assert dropped.ids == tuple(q for q in kept.ids if lengths[q] >= kept.cut)
+    assert (dropped.stage.n_in, dropped.stage.n_out) == (len(kept.ids), len(dropped.ids))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (
+            "yaml",
+            ["study", "{place}/study.yaml"],
+            "reading a study file needs PyYAML: pip install 'eaptk[study]'",
+        ),
+        (
+            "math_verify",
+            ["grade", "{place}/out/answers/sft/exam.parquet"],
+            "grading needs math-verify: pip install",
+        ),
+        (
+            "vllm",
+            ["generate", "--model", "{place}/sft", "--data", "{place}/exam.jsonl", "--engine", "vllm"],
+            "engine 'vllm' needs vLLM and a CUDA device",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("results")
+def test_a_missing_extra_is_named_with_how_to_get_it(
+    place: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    out = [] if arguments[0] == "grade" else ["--out", tmp_path / "out"]
+    code, _, error = run(capfd, *(argument.format(place=place) for argument in arguments), *out)
+    assert code == 1
+    assert message in error
+
+
+def test_given_answers_are_for_the_loss_on_a_models_own(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(EaptkError, match="given answers are the model's own with loss 'self_nll' only"):
+        score(place / "sft", place / "exam.jsonl", tmp_path / "run", given_answers=True)
