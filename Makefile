@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: test demo bench format clean
+.PHONY: test demo reproduce bench format clean
 
 test: $(INSTALLED)
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; $(BIN)/playwright install chromium
@@ -14,6 +14,9 @@ test: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
+
+reproduce: $(INSTALLED)
+	$(BIN)/python examples/arithmetic/train.py --out build/arithmetic
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cost

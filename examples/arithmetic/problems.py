@@ -40,18 +40,14 @@ class Level:
         steps: numbers of steps, each as likely as the others.
         largest: value that may occur.
         operand: largest number added or taken away.
-        retold: share of steps whose worked answer first says again what happens
-            (`` He buys 5 more; 14 + 5 = 19;``); which ones, the question does not tell.
     """
 
     steps: tuple[int, ...]
     largest: int
     operand: int
-    retold: float
 
 
-EASY = Level(steps=(2, 3), largest=99, operand=9, retold=0.0)
-HARD = Level(steps=(2, 3, 4), largest=99, operand=9, retold=0.3)
+USUAL = Level(steps=(2, 3), largest=99, operand=9)
 
 
 @dataclass(frozen=True)
@@ -68,12 +64,12 @@ class Problem:
         return zlib.crc32(self.expression.encode()) % 5 == 0
 
 
-def training_problems(seed: int, n: int, level: Level = EASY) -> list[Problem]:
+def training_problems(seed: int, n: int, level: Level = USUAL) -> list[Problem]:
     """`n` problems to train on; a few may be the same."""
     return list(islice((problem for problem in _stream(seed, level) if not problem.held_out), n))
 
 
-def held_out_problems(seed: int, n: int, level: Level = EASY) -> list[Problem]:
+def held_out_problems(seed: int, n: int, level: Level = USUAL) -> list[Problem]:
     """`n` problems with distinct expressions, none of which is ever trained on."""
     found: dict[str, Problem] = {}
     for problem in _stream(seed, level):
@@ -111,10 +107,8 @@ def _draw(rng: random.Random, level: Level) -> Problem:
         sign = "-" if value == level.largest else "+" if value == 0 else rng.choice("+-")
         n = rng.randint(1, min(level.operand, level.largest - value if sign == "+" else value))
         result = value + n if sign == "+" else value - n
-        event = rng.choice(EVENTS[sign]).format(n=n, **words)
-        question += event
-        retold = event[:-1] + ";" if level.retold and rng.random() < level.retold else ""
-        worked.append(f"{retold} {value} {sign} {n} = {result};")
+        question += rng.choice(EVENTS[sign]).format(n=n, **words)
+        worked.append(f" {value} {sign} {n} = {result};")
         value, expression = result, f"{expression} {sign} {n}"
 
     return Problem(question + CLOSING.format(**words), "".join(worked) + f" #### {value}", expression)
