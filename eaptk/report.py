@@ -281,8 +281,9 @@ _SENSITIVITY = (
     "changes its sign with them is one of the histogram.",
 )
 _VALIDATION = (
-    "A score is the first-order effect of ablating an edge. Here a random subset of edges is ablated for real, one "
-    "at a time, and the change of the loss measured. Slope: least squares of exact against first-order through 0.",
+    "A score is the first-order effect of ablating an edge. Here a random subset of edges, drawn evenly over the "
+    "ranking of their strengths, is ablated for real, one at a time, and the change of the loss measured. Slope: "
+    "least squares of exact against first-order through 0.",
 )
 _SELECTION = (
     "How many questions came in and went on at each stage. Answers are cut to a share α of the reference length: "

@@ -210,7 +210,7 @@ def _lengths_figure(found: list[Line]) -> Figure | None:
                 member.experiment.cut, color="#a0a0a8", linewidth=0.7, linestyle=(0, (4, 3)), zorder=0
             )
         axes.set_title(family, fontsize=9, parse_math=False)
-        axes.set_xlim(0, bins[-1])
+        axes.set_xlim(0, 1.03 * bins[-1])
         # Room for the names above the bars.
         axes.set_ylim(0, axes.get_ylim()[1] * (1.2 + 0.12 * min(len(experiment.names), 3)))
         axes.set_xlabel("tokens of an answer", fontsize=8)
