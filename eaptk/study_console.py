@@ -62,16 +62,18 @@ def summary(results: StudyResults) -> Iterator[Table]:
     """For each family and data set, how every run differs from the baseline over real edges."""
     for (family, dataset), found in groupby(results.experiments, lambda e: (e.family, e.dataset)):
         experiments = list(found)
-        several = len(experiments[0].names) > 2
-        table = _table(f"{family} on {dataset}, against {experiments[0].names[0]}", ())
-        for heading in ("α", *(["run"] if several else []), "pairs", *METRICS, "loss"):
+        first = experiments[0]
+        which = "step" if first.steps is not None else "run" if len(first.names) > 2 else None
+        table = _table(f"{family} on {dataset}, against {first.names[0]}", ())
+        for heading in ("α", *([which] if which else []), "pairs", *METRICS, "loss"):
             table.add_column(heading, justify="left" if heading == "run" else "right")
         for experiment in experiments:
-            for run in experiment.names[1:]:
+            for k, run in enumerate(experiment.names[1:], start=1):
+                label = run if experiment.steps is None else f"{experiment.steps[k]:g}"
                 differences = {d.metric: d for d in experiment.real.differences if d.run == run}
                 table.add_row(
                     f"{experiment.alpha:g}",
-                    *([Text(run)] if several else []),
+                    *([Text(label)] if which else []),
                     f"{differences['loss'].n_pairs:,}",
                     *(_change(differences.get(metric)) for metric in (*METRICS, "loss")),
                 )
