@@ -16,8 +16,11 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +160,7 @@ def answer_questions(
         max_new_tokens: of the longest answer; fewer where the model's context ends.
         tokens_per_batch: prompt and longest answer of all that is answered together.
         engine: ``"transformers"``, or ``"vllm"`` where that is installed: for a model given by name, on CUDA
-            only, batched and resumed by nobody, and not covered by eaptk's tests.
+            only; it answers all at once, keeps nothing if it is stopped, and eaptk's tests do not cover it.
         dtype, device, attention: as for `load_model`.
         progress: show a bar on standard error, if that is a terminal.
 
@@ -287,17 +290,24 @@ def _answers(
 def _vllm_answers(
     model: Any, samples: Sequence[Sample], n_new: int, stop: Sequence[int], dtype: str | None
 ) -> dict[int, list[int]]:
-    try:
-        import vllm  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise EaptkError(
-            "engine 'vllm' needs vLLM and a CUDA device: pip install vllm, or use transformers"
-        ) from error
-    engine = vllm.LLM(model=os.fspath(model), dtype=dtype or "auto")
-    prompts = [vllm.TokensPrompt(prompt_token_ids=list(sample.prompt_ids)) for sample in samples]
-    neutral = vllm.SamplingParams(temperature=0.0, max_tokens=n_new, stop_token_ids=list(stop))
-    outputs = engine.generate(prompts, neutral)
-    return {row: list(output.outputs[0].token_ids) for row, output in enumerate(outputs)}
+    if find_spec("vllm") is None:
+        raise EaptkError("engine 'vllm' needs vLLM and a CUDA device: pip install vllm, or use transformers")
+    prompts = [list(sample.prompt_ids) for sample in samples]
+    # vLLM gives a device's memory back for certain only when its process ends.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(_vllm_tokens, os.fspath(model), prompts, n_new, list(stop), dtype).result()
+    return dict(enumerate(found))
+
+
+def _vllm_tokens(
+    model: str, prompts: list[list[int]], n_new: int, stop: list[int], dtype: str | None
+) -> list[list[int]]:
+    import vllm  # type: ignore[import-not-found]
+
+    neutral = vllm.SamplingParams(temperature=0.0, max_tokens=n_new, stop_token_ids=stop)
+    engine = vllm.LLM(model=model, dtype=dtype or "auto")
+    outputs = engine.generate([vllm.TokensPrompt(prompt_token_ids=ids) for ids in prompts], neutral)
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def _named_facts(model: Any, config: Any, dtype: str | None) -> dict[str, Any]:

@@ -136,12 +136,19 @@ def _same_equation(expected: Any, found: Any) -> bool:
 
     math-verify compares their solutions and takes some for equal that are not.
     """
-    from sympy import Eq, cancel  # type: ignore[import-untyped]
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+    from sympy import Eq, PolynomialError, cancel  # type: ignore[import-untyped]
 
     if not (isinstance(expected, Eq) and isinstance(found, Eq)):
         return True
     left, right = (each.lhs - each.rhs for each in (expected, found))
-    return bool(left == right or (right != 0 and cancel(left / right).is_number))
+    if left == right or right == 0:
+        return bool(left == right)
+    try:
+        return bool(timeout(_timeout())(cancel)(left / right).is_number)
+    except (TimeoutException, PolynomialError):
+        return False
 
 
 def _timeout() -> int | None:
