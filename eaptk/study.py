@@ -152,6 +152,7 @@ def generate_stage(
             for dataset, each in questions.items():
                 file = out / "answers" / folder_name(name) / f"{folder_name(dataset)}.parquet"
                 found[name, dataset] = answer_questions(asked, each, file, **options)
+            del asked  # before the next model is loaded
     return found
 
 
@@ -224,6 +225,7 @@ def score_stage(
             # Last, as it turns a model in half precision into float32.
             for setting in mine:
                 _validation(study, setting, name, answers[name, setting.dataset], out, model)
+            del model
         if console is not None:
             console.print(f"scored {name}: {len(mine)} runs", highlight=False)
 
