@@ -407,9 +407,10 @@ def _training_figure(found: list[Line]) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", color="#e4e4e8", linewidth=0.6)
         _bare(axes, left=True)
-    panels[-1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    panels[-1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     if len(experiments) > 1:
-        panels[0].legend(fontsize=7, frameon=False)
+        shown = panels[0].get_legend_handles_labels()
+        figure.legend(*shown, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
