@@ -28,7 +28,6 @@ def _row_kernel(
     edges,  # [bins + 1] float64
     partials,  # [7, n_rows, n_blocks] float64: `MOMENTS`, the central ones as sums
     slots,  # [n_rows, bins + 1] int64, zero
-    n_rows,
     width,
     stride,
     n_blocks,
@@ -46,7 +45,7 @@ def _row_kernel(
     total = tl.sum(w)
     d = tl.where(mask, w - total / tl.minimum(width - block * BLOCK, BLOCK), 0.0)
     square = d * d
-    plane = n_rows.to(tl.int64) * n_blocks
+    plane = tl.num_programs(0).to(tl.int64)
     here = partials + row * n_blocks + block
     tl.store(here, tl.sum(size))
     tl.store(here + plane, total)
@@ -72,7 +71,6 @@ def _row_kernel(
 def _merge_kernel(
     partials,  # [7, n_rows, n_blocks] float64
     out,  # [7, n_rows] float64
-    n_rows,
     width,
     n_blocks,
     BLOCK: tl.constexpr,
@@ -80,7 +78,9 @@ def _merge_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
-    plane = n_rows.to(tl.int64) * n_blocks
+    # An argument would not do: where it is 1, Triton makes a Python integer of it, which has no `to`.
+    n_rows = tl.num_programs(0).to(tl.int64)
+    plane = n_rows * n_blocks
     blocks = partials + row * n_blocks
     size = tl.zeros((LANES,), tl.float64)
     total = tl.zeros((LANES,), tl.float64)
@@ -136,7 +136,6 @@ def row_statistics(rows: Tensor, bins: int | None = None, upper: float | None = 
         partials if edges is None else edges,
         partials,
         partials if slots is None else slots,
-        n_rows,
         width,
         rows.stride(0),
         n_blocks,
@@ -145,5 +144,5 @@ def row_statistics(rows: Tensor, bins: int | None = None, upper: float | None = 
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
-    _merge_kernel[(n_rows,)](partials, moments, n_rows, width, n_blocks, BLOCK, LANES, num_warps=4)
+    _merge_kernel[(n_rows,)](partials, moments, width, n_blocks, BLOCK, LANES, num_warps=4)
     return packed(moments, width, slots)
