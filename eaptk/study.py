@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich.text import Text
 
 from eaptk import study_console
 from eaptk.answers import Answers, answer_questions
@@ -119,7 +120,7 @@ def run_study(
 
         written = write_report(results, out / "report")
         if console is not None:
-            console.print(f"report: {written[0]} and {len(written) - 1} files beside it", highlight=False)
+            _say(console, f"report: {written[0]} and {len(written) - 1} files beside it")
     return results
 
 
@@ -142,7 +143,7 @@ def generate_stage(
             "progress": progress,
         }
         if console is not None:
-            console.print(f"{name} answers {', '.join(questions)}", highlight=False)
+            _say(console, f"{name} answers {', '.join(questions)}")
         with ExitStack() as stack:
             if study.generation.engine == "vllm":  # which loads the weights itself
                 asked: Any = model.path
@@ -227,7 +228,7 @@ def score_stage(
                 _validation(study, setting, name, answers[name, setting.dataset], out, model)
             del model
         if console is not None:
-            console.print(f"scored {name}: {len(mine)} runs", highlight=False)
+            _say(console, f"scored {name}: {len(mine)} runs")
 
 
 def compare_stage(
@@ -271,7 +272,7 @@ def compare_stage(
     if console is not None:
         for table in study_console.summary(results):
             console.print(table)
-        console.print("relative to the baseline, kurtosis as it is; ?: not resolved over the whole study")
+        _say(console, "relative to the baseline, kurtosis as it is; ?: not resolved over the whole study")
     return results
 
 
@@ -363,6 +364,11 @@ def _validations(study: Study, setting: Setting, out: Path) -> Iterable[Validati
         file = out / "results" / setting.place / "validation" / f"{folder_name(name)}.json"
         found = read_json(file)["validation"]
         yield Validation(**found | {key: tuple(found[key]) for key in ("predicted", "exact")})
+
+
+def _say(console: Console, line: str) -> None:
+    """Print a line to the letter: names may hold what rich takes for markup, and a path must not be broken."""
+    console.print(Text(line), soft_wrap=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from checkpoints import make_records, write_jsonl
 from pupils import MAX_NEW_TOKENS, save_pupils, write_exam
+from rich.console import Console
 
 from eaptk.answers import Answers
 from eaptk.cli import main
@@ -402,3 +403,13 @@ def test_a_missing_extra_is_named_with_how_to_get_it(
 def test_given_answers_are_for_the_loss_on_a_models_own(place: Path, tmp_path: Path) -> None:
     with pytest.raises(EaptkError, match="given answers are the model's own with loss 'self_nll' only"):
         score(place / "sft", place / "exam.jsonl", tmp_path / "run", given_answers=True)
+
+
+def test_names_are_printed_to_the_letter(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    models = {"sft [/red]": str(place / "sft"), "rl [red]": str(place / "rl")}
+    study = make_study({"name": "x", "models": models, "datasets": [str(place / "exam.jsonl")], **OPTIONS})
+    run_study(study, tmp_path, until="grade", console=Console(), progress=False)
+    lines = capfd.readouterr().out.splitlines()
+    assert {"sft [/red] answers exam", "rl [red] answers exam"} <= {*lines}
