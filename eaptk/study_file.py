@@ -13,6 +13,7 @@ unknown are errors.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 import types
@@ -305,7 +306,9 @@ def _family(given: Any, where: str, models: dict[str, Model], folder: Path) -> F
             raise EaptkError(f"{where}: {min(clash)!r} is a model already; give the family another name")
         models |= series
         content |= {"models": [start, *series], "steps": [0.0, *(step for step, _ in found)]}
-    content.setdefault("name", " ".join(map(str, content.get("models", ())[-1:])))
+    members = content.get("models")
+    last = members[-1:] if isinstance(members, (list, tuple)) else ()
+    content.setdefault("name", " ".join(map(str, last)))
     content.setdefault("method", content["name"])
     return _build(Family, content, where)
 
@@ -313,7 +316,8 @@ def _family(given: Any, where: str, models: dict[str, Model], folder: Path) -> F
 def _checkpoints(pattern: str, folder: Path, where: str) -> list[tuple[float, Path]]:
     """Folders that match, by the last number in their name."""
     found = []
-    for path in folder.glob(pattern):
+    # Not Path.glob, which takes no absolute pattern.
+    for path in (folder / match for match in glob.glob(pattern, root_dir=folder, recursive=True)):
         numbers = re.findall(r"\d+", path.name)
         if path.is_dir() and numbers:
             found.append((float(numbers[-1]), path))
@@ -329,19 +333,19 @@ def _checkpoints(pattern: str, folder: Path, where: str) -> list[tuple[float, Pa
 def _datasets(given: Any, folder: Path) -> dict[str, QuestionSet]:
     if isinstance(given, str):
         given = [given]
-    if isinstance(given, Sequence):
-        given = {
-            Path(str(name)).stem if str(name) not in READY_MADE else str(name): {"source": name}
-            for name in given
-        }
+    if isinstance(given, Sequence) and all(isinstance(source, str) for source in given):
+        names = [source if source in READY_MADE else Path(source).stem for source in given]
+        # A mapping would keep the last of two alike, and say nothing.
+        _distinct("datasets", names)
+        given = dict(zip(names, given, strict=True))
     if not isinstance(given, Mapping):
         raise EaptkError(
             f"datasets must be a list of names ({', '.join(READY_MADE)}) or files, or map names to them"
         )
     found = {}
     for name, value in given.items():
-        content = dict(value) if isinstance(value, Mapping) else {"source": value}
         where = f"datasets.{name}"
+        content = {"source": value} if isinstance(value, str) else _mapping(value, where)
         _known_keys(content, [f.name for f in fields(QuestionSet)], where)
         source = str(content.pop("source", name))
         if source not in READY_MADE:
@@ -352,7 +356,7 @@ def _datasets(given: Any, folder: Path) -> dict[str, QuestionSet]:
 
 
 def _protocol(name: Any, changes: Any) -> Protocol:
-    if name not in PROTOCOLS:
+    if not isinstance(name, str) or name not in PROTOCOLS:
         raise EaptkError(_guess(str(name), [*PROTOCOLS], "protocol"))
     if changes is None:
         return PROTOCOLS[name]

@@ -62,6 +62,19 @@ def test_checkpoints_of_a_training_run_stand_at_the_steps_in_their_names(tmp_pat
     assert study.models["training 20"].path == str(tmp_path / "run2/checkpoint-20")
 
 
+def test_checkpoints_may_lie_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "run/step-5").mkdir(parents=True)
+    family = {"name": "training", "baseline": "a", "checkpoints": str(tmp_path / "run/step-*")}
+    study = make_study(SMALL | {"families": [family]}, Path("elsewhere"))
+    assert study.models["training 5"].path == str(tmp_path / "run/step-5")
+
+
+def test_a_ready_made_dataset_needs_its_name_only() -> None:
+    study = make_study(SMALL | {"datasets": yaml.safe_load("{gsm8k: , few: {source: gsm8k, limit: 3}}")})
+    assert study.datasets["gsm8k"] == READY_MADE["gsm8k"]
+    assert study.datasets["few"].limit == 3
+
+
 def test_models_in_no_family_are_left_alone() -> None:
     families = [{"name": "f", "models": ["a", "b"]}]
     study = make_study(SMALL | {"models": {"a": "x", "c": "z", "b": "y"}, "families": families})
@@ -79,12 +92,16 @@ def test_models_in_no_family_are_left_alone() -> None:
         ({"models": {"a": "./gone", "b": "y"}}, "models.a: there is no gone"),
         ({"models": {"a b": "x", "a-b": "y"}}, "'a b' and 'a-b' would share a folder; rename one"),
         ({"datasets": []}, "a study needs questions"),
+        ({"datasets": [{"source": "gsm8k"}]}, "datasets must be a list of names"),
+        ({"datasets": ["a:x/q.jsonl", "b:x/q.jsonl"]}, "datasets: 'q' and 'q' would share a folder; rename one"),
+        ({"datasets": {"q": 3}}, "datasets.q must be a mapping of options, not 3"),
         ({"datasets": {"q": {"source": "gsm8k", "limt": 3}}}, "datasets.q: 'limt' is no key: did you mean 'limit'"),
         ({"datasets": {"q": {"source": "gsm8k", "limit": "3"}}}, "datasets.q.limit must be a whole number, not '3'"),
         ({"alphas": 0.3}, "alphas must be a list, not 0.3"),
         ({"alphas": [0.3, "all"]}, "alphas must be a number, not 'all'"),
         ({"alphas": [0.3, 0.3]}, "alphas: '0.3' and '0.3' would share a folder"),
         ({"protocol": "paper_code"}, "'paper_code' is no protocol: did you mean 'paper-code'?"),
+        ({"protocol": ["paper-code"]}, "is no protocol"),
         ({"selection": {"balanse": 1}}, "selection: 'balanse' is no key: did you mean 'balance'?"),
         ({"selection": {"name": "x"}}, "selection has no 'name'"),
         ({"selection": 3}, "selection must be a mapping of options, not 3"),
@@ -94,6 +111,8 @@ def test_models_in_no_family_are_left_alone() -> None:
         ({"validation": {"alpha": 0.2}}, "validation.alpha is 0.2; it must be one of the alphas"),
         ({"families": {"f": ["a", "b"]}}, "families must be a list"),
         ({"families": [{"name": "f", "models": ["a", "c"]}]}, "family 'f': 'c' is no model: known are a, b"),
+        ({"families": [{"models": 5}]}, "families[0].models must be a list, not 5"),
+        ({"families": [{"models": {"a": "b"}}]}, "families[0].models must be a list, not {'a': 'b'}"),
         ({"families": [{"name": "f", "models": ["a"]}]}, "family 'f' has 1 models; two are needed"),
         ({"families": [{"name": "f", "models": ["a", "b"], "steps": [1]}]}, "has 1 steps for 2 models"),
         ({"families": [{"name": "f", "models": ["a", "b"]}] * 2}, "families: 'f' and 'f' would share a folder"),
