@@ -59,13 +59,15 @@ def contract(
     weights = [*(s.weight for s in sources), *(d.weight for d in destinations)]
     name = "block" if all(weight is None for weight in weights) else "head"
     kernel: trial.Contract = _block if name == "block" else _head
-    if not _trusted(trial.contraction(name, kernel, sources, destinations), named):
-        return reference.contract(sources, destinations, lengths)
-    if os.environ.get(AUTOTUNE) == "1" if autotune is None else autotune:
-        from .autotune import tuned
+    # Triton launches on the current device, wherever its operands lie.
+    with torch.cuda.device_of(held[0]):
+        if not _trusted(trial.contraction(name, kernel, sources, destinations), named):
+            return reference.contract(sources, destinations, lengths)
+        if os.environ.get(AUTOTUNE) == "1" if autotune is None else autotune:
+            from .autotune import tuned
 
-        kernel = tuned(name, sources, destinations, lengths)
-    return kernel(sources, destinations, lengths)
+            kernel = tuned(name, sources, destinations, lengths)
+        return kernel(sources, destinations, lengths)
 
 
 def row_statistics(
@@ -80,8 +82,9 @@ def row_statistics(
     if named == "reference" or (named is None and not _on_gpu(rows)):
         return reference_statistics(rows, bins, upper)
     bin_edges(rows, bins, upper)
-    chosen = _rows if _trusted(trial.of_rows(_rows, rows), named) else reference_statistics
-    return chosen(rows, bins, upper)
+    with torch.cuda.device_of(rows):
+        chosen = _rows if _trusted(trial.of_rows(_rows, rows), named) else reference_statistics
+        return chosen(rows, bins, upper)
 
 
 def _named(backend: Backend | None) -> Backend | None:
