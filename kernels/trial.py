@@ -89,11 +89,15 @@ def _verdict(
                     fault = f"it is off by {found:.1e}, where {allowed:.1e} is allowed"
             except torch.OutOfMemoryError:
                 raise
+            # What a kernel broke is lost to the whole process: the reference would fail there as well.
+            except torch.AcceleratorError as failure:
+                raise ValueError(
+                    f"the Triton kernel {name} left {device} unusable: {_first_line(failure)}; "
+                    f"start again with EAPTK_BACKEND=reference"
+                ) from failure
             # Compilers and drivers fail in ways of their own; whatever it is, the reference does without them.
             except Exception as failure:
-                fault = (
-                    f"it failed with {type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
-                )
+                fault = f"it failed with {type(failure).__name__}: {_first_line(failure)}"
         VERDICTS[key] = fault and f"the Triton kernel {name} cannot be trusted on {card(device)}: {fault}"
     return VERDICTS[key]
 
@@ -101,6 +105,10 @@ def _verdict(
 def card(device: torch.device) -> str:
     """Name of the device, as its driver gives it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _first_line(failure: Exception) -> str:
+    return str(failure).strip().partition("\n")[0]
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -117,6 +117,18 @@ def test_who_names_the_kernels_is_told_that_they_err(monkeypatch: pytest.MonkeyP
         contract(*operands(), backend="triton")
 
 
+@pytest.mark.usefixtures("on_gpu")
+def test_a_kernel_that_broke_the_device_gives_way_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(*args: Any, **options: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access\nand much more")
+
+    monkeypatch.setattr("eaptk.kernels.block.reduce", breaking)
+    with pytest.raises(
+        ValueError, match=r"left cpu unusable: .*illegal memory access; start again with EAPTK"
+    ):
+        contract(*operands())
+
+
 def test_each_kernel_is_tried_once_for_each_kind_of_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.float32, torch.bfloat16):
         contract(*operands(dtype), backend="triton")
