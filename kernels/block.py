@@ -36,7 +36,7 @@ from .tuning import BlockConfig, block_config
 _COLUMNS = tl.constexpr(COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_sources", "n_destinations", "n_tokens", "plane"])  # see products
 def _block_kernel(
     sources,  # [n_sources, COLUMNS] int64
     destinations,  # [n_destinations, COLUMNS] int64

@@ -22,7 +22,7 @@ from .tuning import ExpandConfig
 _COLUMNS = tl.constexpr(COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sample", "start", "tokens", "n_tokens", "plane"])  # see products
 def _expand_kernel(
     table,  # [n_rows, COLUMNS] int64
     indices,  # [n_group] int32, which rows to do

@@ -38,7 +38,7 @@ from .tiles import HeadPlan, head_plan, tiles
 from .tuning import ExpandConfig, HeadConfig, expand_config, head_config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_destinations", "n_sources"])  # see products
 def _head_kernel(
     gradients,  # [n_destinations, row_size]
     written,  # [n_sources, row_size]

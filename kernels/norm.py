@@ -40,7 +40,7 @@ STATISTICS = 3
 ROW_BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_normed", "plane", "n_tokens"])  # see products
 def _norm_kernel(
     table,  # [n_rows, COLUMNS] int64
     indices,  # [n_normed] int32, which rows to do
@@ -111,7 +111,7 @@ def _norm_kernel(
     tl.store(here + 2 * plane, e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])  # see products
 def _head_norm_kernel(
     table,  # [n_rows, COLUMNS] int64
     indices,  # [n_normed] int32, which rows to do

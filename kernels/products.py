@@ -1,4 +1,8 @@
-"""Products and conversions every kernel uses: operands as they are, float32 sums, no tf32, round to nearest even."""
+"""Products and conversions every kernel uses: operands as they are, float32 sums, no tf32, round to nearest even.
+
+Numbers that differ from batch to batch, and on which no vector's alignment rests, are in every kernel's
+`do_not_specialize`: Triton would compile it anew for 1, for multiples of 16 and for the rest.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _COLUMNS = tl.constexpr(COLUMNS)
 ROWS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_edges"])  # see products
 def _reduce_kernel(
     partials,  # [n_pieces, n_tiles, BLOCK_D, BLOCK_S] float32
     first_piece,  # [B + 1] int32: sample b's pieces are first_piece[b] … first_piece[b + 1] − 1
