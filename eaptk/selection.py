@@ -16,6 +16,7 @@ T_1 … T_k are the tokens of the models' answers to one question, T̄ their mea
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -225,10 +226,12 @@ class Protocol:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high:
-            raise EaptkError(f"low is {self.low} and high {self.high}; bounds need 0 ≤ low < high")
-        if self.balance < 0:
-            raise EaptkError(f"balance is {self.balance}; it must be at least 0")
+        if not 0 <= self.low < self.high < math.inf:
+            raise EaptkError(
+                f"low is {self.low} and high {self.high}; bounds need 0 ≤ low < high, both finite"
+            )
+        if not 0 <= self.balance < math.inf:
+            raise EaptkError(f"balance is {self.balance}; it must be at least 0, and finite")
         if self.samples < 1:
             raise EaptkError(f"samples is {self.samples}; it must be at least 1")
 

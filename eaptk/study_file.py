@@ -31,6 +31,7 @@ from eaptk.prompts import find_template
 from eaptk.questions import READY_MADE, QuestionSet, question_set
 from eaptk.resampling import Resampling
 from eaptk.selection import PROTOCOLS, Protocol
+from eaptk.sweep import bin_edges
 
 ALPHAS = (0.03, 0.1, 0.3, 0.5)
 
@@ -55,6 +56,10 @@ class Model:
     max_new_tokens: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     attention: Literal["sdpa", "eager"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            _at_least_one(f"model {self.path}", max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,11 @@ class Generation:
     tokens_per_batch: int = 16384
     engine: Engine = "transformers"
 
+    def __post_init__(self) -> None:
+        _at_least_one(
+            "generation", max_new_tokens=self.max_new_tokens, tokens_per_batch=self.tokens_per_batch
+        )
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -92,6 +102,9 @@ class Scoring:
     qkv: Qkv = "split"
     ablation: Literal["zero", "mean"] = "zero"
     tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        _at_least_one("scoring", tokens_per_batch=self.tokens_per_batch)
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,11 @@ class Comparing:
     def resampling(self) -> Resampling:
         return Resampling(self.confidence, self.resamples, self.seed)
 
+    def __post_init__(self) -> None:
+        # Each of these refuses what it cannot do; better now than when everything is scored.
+        bin_edges(self.bins, 1.0 if self.upper is None else self.upper)
+        _ = self.resampling
+
 
 @dataclass(frozen=True)
 class Validating:
@@ -123,6 +141,13 @@ class Validating:
     samples: int = 8
     alpha: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.edges < 0 or self.edges == 1:
+            raise EaptkError(f"validation.edges is {self.edges}; a correlation needs at least 2 (0: none)")
+        for option in ("samples", "seed"):
+            if getattr(self, option) < 0:
+                raise EaptkError(f"validation.{option} is {getattr(self, option)}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -363,6 +388,12 @@ def _protocol(name: Any, changes: Any) -> Protocol:
     if isinstance(changes, Mapping) and "name" in changes:
         raise EaptkError("selection has no 'name'; protocol names it")
     return _build(Protocol, vars(PROTOCOLS[name]) | _mapping(changes, "selection"), "selection")
+
+
+def _at_least_one(where: str, **options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise EaptkError(f"{where}: {name} is {value}; it must be at least 1")
 
 
 def _check_family(family: Family, models: Mapping[str, Model]) -> None:

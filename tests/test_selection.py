@@ -330,7 +330,9 @@ def test_other_tokenizers_and_answers_cut_off_are_noted() -> None:
     ("options", "message"),
     [
         ({"low": 2.0}, "bounds need 0 ≤ low < high"),
+        ({"high": float("inf")}, "bounds need 0 ≤ low < high, both finite"),
         ({"balance": -1.0}, "balance is -1.0"),
+        ({"balance": float("nan")}, "balance is nan"),
         ({"samples": 0}, "samples is 0"),
     ],
 )
