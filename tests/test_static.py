@@ -5,6 +5,7 @@ Compiled in a process of its own: this one has Triton's interpreter in place of 
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -14,6 +15,12 @@ from typing import Any
 
 import pytest
 
+KERNELS = [
+    node
+    for path in sorted((Path(__file__).parents[1] / "kernels").glob("*.py"))
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+]
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 Row = dict[str, Any]
 
@@ -63,3 +70,15 @@ def test_every_product_is_compiled_for_every_target(rows: list[Row], target: str
     )
     expansions = ("expand source", "expand source+patch", "expand destination", "head x128", "head x64")
     assert {f"{kind} {dtype}" for kind in (*products, *expansions)} <= kinds
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_no_kernel_asks_of_an_argument_what_only_tensors_have(kernel: ast.FunctionDef) -> None:
+    """The compiler makes a Python integer of an argument that is 1; the interpreter never does."""
+    arguments = {argument.arg for argument in kernel.args.args}
+    asked = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in arguments
+    }
+    assert asked == set()
