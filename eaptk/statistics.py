@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.sweep import Doubles, Integers, Scores, Sweep, bin_edges, sweep, weighted_column_sums
 
@@ -79,12 +80,19 @@ def summarise(scores: Tensor, graph: Graph, histogram: Histogram) -> Summary:
 
 
 def summarise_in_torch(scores: Tensor, graph: Graph, histogram: Histogram) -> Summary:
-    """The same by `eaptk.kernels`, for rows that should not leave their device."""
+    """The same by `eaptk.kernels`, for rows that should not leave their device.
+
+    Raises:
+        EaptkError: the kernel was named (``EAPTK_BACKEND``) and cannot run, or it broke the device.
+    """
     import torch
 
     from eaptk.kernels import row_statistics
 
-    found = row_statistics(scores, histogram.bins, histogram.upper)
+    try:
+        found = row_statistics(scores, histogram.bins, histogram.upper)
+    except ValueError as error:
+        raise EaptkError(str(error)) from error
     by_name = {name: value.cpu().numpy() for name, value in vars(found).items()}
 
     def column_sums(weights: Doubles, absolute: bool = False) -> Doubles:

@@ -109,6 +109,15 @@ def test_a_device_summarises_rows_as_the_host_does(graph: str) -> None:
     np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-9, atol=1e-15)
 
 
+def test_a_kernel_that_was_named_and_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EAPTK_BACKEND", "triton")
+    monkeypatch.setattr("eaptk.kernels.trial.find_spec", lambda name: None)
+    monkeypatch.setattr("eaptk.kernels.trial.VERDICTS", {})
+    graph = GRAPHS[next(iter(GRAPHS))]
+    with pytest.raises(EaptkError, match=r"triton is not installed .*; .* unset EAPTK_BACKEND"):
+        summarise_in_torch(torch.from_numpy(make_scores(graph=graph)), graph, HISTOGRAM)
+
+
 def test_the_files_need_no_eaptk(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", SCORES).path
     names = {
