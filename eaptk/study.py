@@ -228,7 +228,7 @@ def score_stage(
                 _validation(study, setting, name, answers[name, setting.dataset], out, model)
             del model
         if console is not None:
-            _say(console, f"scored {name}: {len(mine)} runs")
+            _say(console, f"scored {name}: {len(mine)} {'run' if len(mine) == 1 else 'runs'}")
 
 
 def compare_stage(

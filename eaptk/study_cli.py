@@ -60,7 +60,7 @@ def study(
 
     quiet_transformers()
     from eaptk.study import run_study
-    from eaptk.study_file import make_study, read_study
+    from eaptk.study_file import folder_name, make_study, read_study
 
     flags: dict[str, Any] = {
         "models": dict(map(_named, model)) if model else None,
@@ -80,7 +80,7 @@ def study(
         planned = make_study({"name": "study", **given})
     else:
         planned = read_study(file, given)
-    folder = out or Path("studies") / planned.name
+    folder = out or Path("studies") / folder_name(planned.name)
     try:
         run_study(planned, folder, until=until, console=Console())
     except KeyboardInterrupt:
@@ -239,6 +239,10 @@ def select(
     names = [path.stem for path in answers]
     if len(set(names)) < len(names):
         names = ["-".join(path.with_suffix("").parts[-2:]) for path in answers]
+    if len(set(names)) < len(names):
+        raise EaptkError(
+            f"two of the files would be named alike ({', '.join(names)}); rename one, or its folder"
+        )
     found = select_questions(opened, replace(PROTOCOLS[protocol], **changes), names)
     Console().print(study_console.funnel(" and ".join(names), found.funnel, found.notes))
     print(f"reference length {found.reference:.2f} tokens; cut = max(int(alpha * reference), 1)")

@@ -49,7 +49,7 @@ def answered(answers: Mapping[tuple[str, str], Answers]) -> Table:
 
 def verdicts(answers: Answers, n: int) -> Table:
     """The first `n` answers that are wrong, with the reason."""
-    table = _table("wrong answers", ())
+    table = _table(f"wrong answers in {answers.path}", ())
     table.add_column("question")
     table.add_column("reason", overflow="fold")
     wrong = [row for row in answers.table.select(["id", "right", "reason"]).to_pylist() if not row["right"]]

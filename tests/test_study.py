@@ -240,6 +240,17 @@ def test_the_commands_one_after_the_other_are_the_study(
         assert np.array_equal(Run.open(tmp_path / f"runs/{name}").scores, study.scores)
 
 
+@pytest.mark.usefixtures("results")
+def test_files_of_one_name_are_not_written_over_each_other(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "out/answers/sft/exam.parquet"
+    code, _, error = run(capfd, "select", file, file, "--out", tmp_path / "selected")
+    assert code == 1
+    assert "two of the files would be named alike (sft-exam, sft-exam); rename one, or its folder" in error
+    assert not (tmp_path / "selected").exists()
+
+
 @pytest.mark.parametrize("call", [2, 6])
 def test_generation_killed_between_batches_goes_on_to_the_same_file(
     place: Path, tmp_path: Path, call: int
@@ -294,6 +305,17 @@ def test_a_study_from_flags_needs_no_file(
     assert (code, error) == (0, "")
     assert "rl on exam" in out
     assert [p.name for p in (tmp_path / "studies/study").iterdir()] == ["answers", "selected"]
+
+
+def test_a_study_stays_in_the_folder_of_studies_whatever_its_name(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load((place / "study.yaml").read_text()) | {"name": "../mine / yours"}
+    (place / "slash.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path)
+    assert run(capfd, "study", place / "slash.yaml", "--until", "generate")[0] == 0
+    assert [path.name for path in tmp_path.rglob("answers")] == ["answers"]
+    assert [path.name for path in (tmp_path / "studies").iterdir()] == ["mine-yours"]
 
 
 @pytest.mark.parametrize(
