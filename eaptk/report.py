@@ -287,7 +287,7 @@ _VALIDATION = (
 )
 _SELECTION = (
     "How many questions came in and went on at each stage. Answers are cut to a share α of the reference length: "
-    "the lower of the models' mean lengths (paper-code), or the mean of both (paper-text)."
+    "the smallest of the models' mean lengths (paper-code), or the mean of them (paper-text)."
 )
 _NOTES = "What must be known to trust the numbers, and of which experiments."
 

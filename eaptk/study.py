@@ -388,7 +388,7 @@ def _loaded(study: Study, name: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _facts(study: Study) -> dict[str, Any]:
-    """What the numbers follow from; no times and no folders, so that the same study says the same."""
+    """What the numbers follow from; no times, so that the same command says the same."""
     return {
         "versions": {
             package: version(package)

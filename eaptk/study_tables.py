@@ -263,7 +263,7 @@ def label(experiment: Experiment) -> str:
 
 def markdown(text: str) -> str:
     """Text that Markdown shows to the letter."""
-    return re.sub(r"([\\`*_{}\[\]<>|~#$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>|~#$&])", r"\\\1", " ".join(text.split()))
 
 
 def percent(share: float) -> str:

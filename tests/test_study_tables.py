@@ -206,6 +206,7 @@ def test_html_is_escaped_and_markdown_too() -> None:
     assert "&lt;b&gt;a|b&lt;/b&gt;<small>&lt;i&gt;</small>" in table.to_html()
     assert table.to_markdown().splitlines()[-1] == r"| \<b\>a\|b\</b\><br>\<i\> |"
     assert markdown("a_1\n*b*") == r"a\_1 \*b\*"
+    assert markdown("&lt;") == r"\&lt;", "no entity"
 
 
 @pytest.mark.parametrize(
