@@ -303,6 +303,8 @@ def _intro(results: StudyResults) -> list[str]:
     resolved = sum(d.direction != "unresolved" for d in tested)
     surely = sum(d.direction != "unresolved" and (d.p_holm or 0) <= 1 - d.confidence for d in tested)
     resampling, graph = first.resampling, first.graph
+    tops = {e.real.metrics[0].upper for e in experiments}
+    ends = f"on [0, {min(tops):.3g}]" if len(tops) == 1 else "up to the largest |W| of an experiment's models"
     n_edges = " or ".join(f"{n:,}" for n in sorted({e.real.graph.n_edges for e in experiments}))
     return [
         f"{_count(len(experiments), 'experiment')}: {_count(n_families, 'family', 'families')} of models on "
@@ -310,7 +312,7 @@ def _intro(results: StudyResults) -> list[str]:
         f"protocol {results.protocol}. {n_edges} edges, {graph.granularity} level, "
         f"{first.ablation} ablation. Intervals: {resampling.confidence:.0%}, paired bootstrap of questions, "
         f"{resampling.n_resamples:,} draws, seed {resampling.seed}; tests: as many paired permutations; complexity: "
-        f"{first.metrics[0].bins} bins up to the largest |W| of an experiment's models, logarithms to base "
+        f"{first.metrics[0].bins} bins {ends}, logarithms to base "
         f"{_base(first.metrics[0].log_base)}.",
         f"Of {len(tested):,} differences over real edges {resolved:,} are resolved at a false discovery rate of "
         f"{1 - resampling.confidence:.0%} over the whole study, {surely:,} of them also after Holm's correction "

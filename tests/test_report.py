@@ -328,6 +328,14 @@ def test_the_same_results_give_the_same_bytes(written: list[Path], folder: Path,
     assert changed == []
 
 
+def test_the_histograms_range_is_said_as_it_was(folder: Path, tmp_path: Path) -> None:
+    write_report(
+        make_study([make_experiment(seed=4, upper=2.5), make_experiment("b", seed=5, upper=2.5)]), tmp_path
+    )
+    assert "100 bins on \\[0, 2.5\\], logarithms" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "bins up to the largest" in (folder / "report.md").read_text(encoding="utf-8")
+
+
 def test_a_study_without_experiments_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EaptkError, match="no experiments to report"):
         write_report(replace(STUDY, experiments=()), tmp_path)
