@@ -26,7 +26,8 @@ from eaptk.sites import LayerSites, Reader, Sites
 
 #: Estimates are within a fifth of what is measured: what is to fit must fit with as much to spare.
 MARGIN = 1.25
-#: Chunks and partial sums of the Triton kernels, at most.
+#: Chunks and partial sums of the Triton kernels, about the most; those of the block kernel grow with the tokens, by a
+#: hundredth or less of what the gradients do.
 KERNEL_SCRATCH = 512 * 2**20
 #: Activation functions that transformers spells out in single operations, each of which keeps its operand.
 _SPELLED_OUT = ("gelu_new", "gelu_fast", "gelu_accurate", "quick_gelu")
