@@ -87,7 +87,9 @@ def _shown(found: tuple[Any, ...], marked: str | None) -> str | None:
 
 def _plain(text: str) -> str:
     """Text with what carries no meaning taken out: spaces, dollars, sizes of brackets, case."""
-    text = re.sub(r"\\(?:left|right|[,;!: ])|[$\s]", "", text)
+    text = " ".join(text.replace(r"\ ", " ").split())
+    # A space between digits is meant ("3 1/2" is not 31/2), but in "10 000".
+    text = re.sub(r"\\(?:left|right|[,;!:])|\$|(?<!\d)\s|\s(?!\d)|(?<=\d)\s(?=\d{3}(?!\d))", "", text)
     return text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").rstrip(".").casefold()
 
 

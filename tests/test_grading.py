@@ -27,6 +27,8 @@ from eaptk.grading import Verdict, grade
         ("\\boxed{2x^2-4x+20=0}", "$x^2-2 x+10=0$"),
         ("\\boxed{no solution}", "No solution."),
         ("all real numbers", "all real numbers"),
+        ("#### 3 1/2", "$3\\ 1/2$"),
+        ("#### 10 000", "10000"),
     ],
 )
 def test_an_answer_that_means_the_same_is_right(answer: str, reference: str) -> None:
@@ -46,6 +48,8 @@ def test_an_answer_that_means_the_same_is_right(answer: str, reference: str) -> 
         ("\\boxed{x^2-2 x+10=0}", "$x^2-2 x+10=3$"),
         ("\\boxed{-1<x \\leq 1}", "$-4<x \\leq 1$"),
         ("\\boxed{yes}", "no"),
+        ("#### 31/2", "3 1/2"),
+        ("#### 1 2", "12"),
     ],
 )
 def test_an_answer_that_means_something_else_is_wrong(answer: str, reference: str) -> None:
