@@ -140,12 +140,12 @@ def _representatives(operands: Sequence[Operand]) -> list[Operand]:
 def _random_source(source: Source, generator: torch.Generator) -> Source:
     value, other = source.value, source.replacement
     if other is not None:
-        other = _random(_narrow(other.expand_as(value), source.weight), generator)
+        other = _random(_of_node(other.expand_as(value), source.weight), generator)
     return replace(
         source,
-        value=_random(_narrow(value, source.weight), generator),
-        weight=None if source.weight is None else source.weight[..., :WIDTH],
-        gain=None if source.gain is None else source.gain[:WIDTH],
+        value=_random(_of_node(value, source.weight), generator),
+        weight=None if source.weight is None else _narrow(source.weight),
+        gain=None if source.gain is None else _narrow(source.gain),
         replacement=other,
     )
 
@@ -153,19 +153,25 @@ def _random_source(source: Source, generator: torch.Generator) -> Source:
 def _random_destination(destination: Destination, reach: int, generator: torch.Generator) -> Destination:
     norm, weight = destination.norm, destination.weight
     if norm is not None:
-        norm = replace(norm, stream=_random(norm.stream[..., :WIDTH], generator), gain=norm.gain[:WIDTH])
+        norm = replace(norm, stream=_random(_narrow(norm.stream), generator), gain=_narrow(norm.gain))
     return replace(
         destination,
-        gradient=_random(_narrow(destination.gradient, weight), generator),
+        gradient=_random(_of_node(destination.gradient, weight), generator),
         reach=min(destination.reach, reach),
-        weight=None if weight is None else weight[..., :WIDTH],
+        weight=None if weight is None else _narrow(weight),
         norm=norm,
     )
 
 
-def _narrow(value: Tensor, weight: Tensor | None) -> Tensor:
+def _of_node(value: Tensor, weight: Tensor | None) -> Tensor:
     """Of [B, T, D] the first columns; heads, which a weight expands, are whole."""
-    return value[..., :WIDTH] if weight is None else value
+    return _narrow(value) if weight is None else value
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """The first columns of [..., D], congruent to D modulo 16: for others Triton compiles other code."""
+    width = x.shape[-1]
+    return x if width <= WIDTH else x[..., : WIDTH - -width % 16]
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
