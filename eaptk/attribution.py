@@ -100,7 +100,8 @@ def attribute(
             run, the gradient is taken on the corrupted one); or a callable (logits [B, T, V], batch) → [B].
         means: from `source_means`, for ablation ``"mean"``.
         flush_layers: contract, and free, the gradients of about so many layers at a time while the backward pass
-            goes on; memory against speed, the scores are the same to the bit. None: what memory asks for (`Plan`).
+            goes on; memory against speed, the scores are the same to the bit (but for `EAPTK_AUTOTUNE`). None: what
+            memory asks for (`Plan`).
         checkpoint: keep of each layer its input alone, and run it again in the backward pass: another forward pass
             for memory that grows by a tensor [B, T, D] a layer. None: what memory asks for.
         on_device: leave the rows on the model's device, for more work on them there.
