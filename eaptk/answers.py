@@ -72,10 +72,14 @@ class Answers:
         path = Path(path)
         if not path.is_file():
             raise EaptkError(f"there are no answers {path}; `eaptk generate … --out {path}` makes them")
-        table = read_table(path)
+        nothing = f"{path} holds no answers of eaptk; `eaptk generate … --out FILE` makes them"
+        try:
+            table = read_table(path)
+        except EaptkError as error:  # which speaks of runs
+            raise EaptkError(nothing) from error
         facts = (table.schema.metadata or {}).get(_FACTS)
         if facts is None:
-            raise EaptkError(f"{path} holds no answers of eaptk; `eaptk generate … --out FILE` makes them")
+            raise EaptkError(nothing)
         return cls(path, json.loads(facts), table)
 
     def __len__(self) -> int:

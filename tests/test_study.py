@@ -251,6 +251,12 @@ def test_files_of_one_name_are_not_written_over_each_other(
     assert not (tmp_path / "selected").exists()
 
 
+def test_a_file_that_holds_no_answers_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capfd, "grade", place / "exam.jsonl")
+    assert code == 1
+    assert "exam.jsonl holds no answers of eaptk; `eaptk generate" in error
+
+
 @pytest.mark.parametrize("call", [2, 6])
 def test_generation_killed_between_batches_goes_on_to_the_same_file(
     place: Path, tmp_path: Path, call: int
