@@ -258,7 +258,7 @@ def compare_stage(
                 funnel=(*chosen.funnel, setting.stage),
                 lengths=chosen.lengths,
                 accuracy=chosen.accuracy,
-                real=replace(real, notes=(*real.notes, *chosen.notes)),
+                real=replace(real, notes=(*real.notes, *chosen.notes, *_same_cut(study, setting, chosen))),
                 dense=compare(runs, dense=True, **options),
                 sensitivity=complexity_sensitivity(runs, real),
                 validation=tuple(_validations(study, setting, out)),
@@ -283,6 +283,18 @@ def _controlled(runs: Sequence[Run], options: dict[str, Any]) -> Comparison:
     except EaptkError as error:
         found = compare(runs, **options)
         return replace(found, notes=(*found.notes, f"nothing at equal loss: {error}"))
+
+
+def _same_cut(study: Study, setting: Setting, chosen: Selection) -> tuple[str, ...]:
+    """A note where another α cuts to as many tokens, as it does where answers are short."""
+    others = [alpha for alpha in study.alphas if alpha != setting.alpha and chosen.cut(alpha) == setting.cut]
+    if not others:
+        return ()
+    named = ", ".join(f"{alpha:g}" for alpha in others)
+    return (
+        f"α = {named} cuts answers to as many tokens as {setting.alpha:g}, {setting.cut}: the same experiment, "
+        f"counted again in the correction",
+    )
 
 
 def to_dict(results: StudyResults) -> dict[str, Any]:

@@ -364,16 +364,21 @@ def test_what_stops_a_study_is_said_in_one_line(
 def test_models_that_do_not_differ_are_compared_all_the_same(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "sft", tmp_path / "twin")
     models = {"sft": str(place / "sft"), "twin": str(tmp_path / "twin")}
-    content = OPTIONS | {"models": models, "datasets": [str(place / "exam.jsonl")], "alphas": [0.6]}
+    content = OPTIONS | {"models": models, "datasets": [str(place / "exam.jsonl")], "alphas": [0.6, 0.601]}
     found = run_study(
         make_study(content | {"name": "twins"}), tmp_path / "out", until="compare", progress=False
     )
     assert found is not None
-    (experiment,) = found.experiments
-    assert all(d.difference == 0 and d.direction == "unresolved" for d in experiment.real.differences)
-    assert any(
-        note.startswith("nothing at equal loss: the loss of twin differs") for note in experiment.real.notes
-    )
+    for experiment in found.experiments:
+        assert all(d.difference == 0 and d.direction == "unresolved" for d in experiment.real.differences)
+        assert any(
+            note.startswith("nothing at equal loss: the loss of twin differs")
+            for note in experiment.real.notes
+        )
+    first, second = found.experiments
+    assert first.cut == second.cut
+    assert any("α = 0.601 cuts answers to as many tokens as 0.6" in note for note in first.real.notes)
+    assert any("α = 0.6 cuts answers to as many tokens as 0.601" in note for note in second.real.notes)
 
 
 @pytest.mark.usefixtures("results")
