@@ -31,16 +31,15 @@ from torch import nn
 
 import eaptk
 from eaptk.batch import Sample
-from eaptk.dataset import plan_batches, read_samples
+from eaptk.dataset import read_samples
 from eaptk.errors import EaptkError
-from eaptk.files import explained, read_table, write_table
-from eaptk.generate import end_tokens, greedy_answers
+from eaptk.files import differences_between, explained, read_table, write_table
+from eaptk.generate import end_tokens
 from eaptk.journal import append_journal, read_journal
 from eaptk.loading import config_fingerprint, load_config, load_model, load_tokenizer, tokenizer_fingerprint
-from eaptk.progress import progress_bar
 from eaptk.prompts import find_template, prompt_tokens, stop_tokens
 from eaptk.questions import Question, questions_fingerprint
-from eaptk.run import model_facts
+from eaptk.run import answer_rest, model_facts
 
 Engine = Literal["transformers", "vllm"]
 ENGINES: tuple[Engine, ...] = ("transformers", "vllm")
@@ -277,18 +276,23 @@ def _answers(
     # Named by what gives them, so that answers to another call are not mixed in.
     key = hashlib.sha256(json.dumps(_matched(facts), sort_keys=True).encode()).hexdigest()[:12]
     journal = out.with_name(f".{out.name}.{key}.jsonl")
-    answers = read_journal(journal)
-    plan = plan_batches([len(sample.prompt_ids) + n_new for sample in samples], tokens_per_batch)
-    left = [batch for batch in plan if not all(row in answers for row in batch)]
-    n_kept = len(samples) - sum(map(len, left))
-    with progress_bar("answering", len(samples), n_kept, progress, unit="questions") as advance:
-        for found in greedy_answers(model, samples, left, n_new, stop):
-            with explained(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                append_journal(journal, found)
-            answers |= found
-            advance(len(found))
-    return answers
+
+    def keep(found: dict[int, list[int]]) -> None:
+        with explained(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            append_journal(journal, found)
+
+    return answer_rest(
+        model,
+        samples,
+        read_journal(journal),
+        keep,
+        n_new,
+        tokens_per_batch,
+        stop,
+        unit="questions",
+        progress=progress,
+    )
 
 
 def _vllm_answers(
@@ -346,20 +350,8 @@ def _matched(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_others(found: Answers, facts: dict[str, Any]) -> None:
-    theirs, ours = _flat(_matched(found.facts)), _flat(_matched(facts))
-    unlike = [
-        f"{key} is {theirs.get(key)!r} there, {ours[key]!r} here"
-        for key in ours
-        if theirs.get(key) != ours[key]
-    ]
+    unlike = differences_between(_matched(found.facts), _matched(facts)).values()
     if unlike:
         raise EaptkError(
             f"{found.path} holds answers to another call: {'; '.join(unlike)}; delete it, or choose another place"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -188,3 +188,29 @@ def read_json(path: Path) -> Any:
         raise EaptkError(
             f"{path} cannot be read ({error}); delete it, and repeat the command that made it"
         ) from error
+
+
+def differences_between(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], unmatched: Sequence[str] = ()
+) -> dict[str, str]:
+    """What tells two records of how something was made apart: by dotted key, a text with both values.
+
+    Args:
+        unmatched: dotted keys that may differ.
+    """
+    theirs, ours = _flat(stored, unmatched), _flat(wanted, unmatched)
+    return {
+        key: f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in {**theirs, **ours}
+        if theirs.get(key) != ours.get(key)
+    }
+
+
+def _flat(record: Mapping[str, Any], unmatched: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if prefix + key in unmatched:
+            continue
+        is_record = isinstance(value, Mapping)
+        flat |= _flat(value, unmatched, f"{prefix}{key}.") if is_record else {prefix + key: value}
+    return flat

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -222,19 +222,46 @@ def _answered(
         stored = read_table(writer.path / "samples.parquet")["answer_ids"].to_pylist()
         answers = dict(enumerate(stored))
     else:
-        answers = writer.answers()
-        plan = plan_batches([len(sample.prompt_ids) + n_new for sample in samples], tokens_per_batch)
-        left = [batch for batch in plan if not all(row in answers for row in batch)]
-        n_kept = len(samples) - sum(map(len, left))
-        with progress_bar("answering", len(samples), n_kept, progress, unit="prompts") as advance:
-            for found in greedy_answers(model, samples, left, n_new):
-                writer.keep_answers(found)
-                answers |= found
-                advance(len(found))
+        answers = answer_rest(
+            model, samples, writer.answers(), writer.keep_answers, n_new, tokens_per_batch, progress=progress
+        )
     answered = [replace(sample, answer_ids=tuple(answers[row])) for row, sample in enumerate(samples)]
     if not writer.begun:
         writer.begin(samples_table(answered))
     return answered
+
+
+def answer_rest(
+    model: Any,
+    samples: Sequence[Sample],
+    answers: dict[int, list[int]],
+    keep: Callable[[dict[int, list[int]]], None],
+    n_new: int,
+    tokens_per_batch: int,
+    stop: Sequence[int] = (),
+    unit: str = "prompts",
+    progress: bool = True,
+) -> dict[int, list[int]]:
+    """The model's own answers to all prompts, row to token ids.
+
+    Batches are planned from all prompts, and one that is not wholly answered is answered again.
+
+    Args:
+        answers: those there are.
+        keep: told the answers of each batch.
+        n_new: tokens of the longest.
+        stop: see `greedy_answers`.
+        unit: what the bar counts.
+    """
+    plan = plan_batches([len(sample.prompt_ids) + n_new for sample in samples], tokens_per_batch)
+    left = [batch for batch in plan if not all(row in answers for row in batch)]
+    n_kept = len(samples) - sum(map(len, left))
+    with progress_bar("answering", len(samples), n_kept, progress, unit=unit) as advance:
+        for found in greedy_answers(model, samples, left, n_new, stop):
+            keep(found)
+            answers = answers | found
+            advance(len(found))
+    return answers
 
 
 def _means(

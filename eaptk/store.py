@@ -48,7 +48,7 @@ import pyarrow as pa
 
 from eaptk.content import FILES, Rows, SampleArray, Summaries
 from eaptk.errors import EaptkError
-from eaptk.files import DAMAGED, explained, read_table, whole_file, write_table
+from eaptk.files import DAMAGED, differences_between, explained, read_table, whole_file, write_table
 from eaptk.graph import Graph
 from eaptk.journal import append_journal, read_journal
 from eaptk.statistics import Histogram, Statistics, Summary
@@ -214,7 +214,7 @@ class RunWriter:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock()
             stored = _read_manifest(self.path)
-            differences = {} if stored is None else _differences(stored, self.manifest)
+            differences = {} if stored is None else differences_between(stored, self.manifest, _UNMATCHED)
             if stored is not None and differences:
                 self._refuse_to_lose(stored, differences)
             if stored is None or differences or not self.begun:
@@ -405,22 +405,3 @@ def _losses(path: Path, n_samples: int) -> SampleArray:
 def _has_finished_rows(path: Path, manifest: Mapping[str, Any]) -> bool:
     content = _layout(path, manifest)[2]
     return content.begun and bool(content.done.any())
-
-
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
-    """What tells two manifests apart: by key, a text with both values."""
-    ours, theirs = _flat(wanted), _flat(stored)
-    return {
-        key: f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here"
-        for key in {**theirs, **ours}
-        if theirs.get(key) != ours.get(key)
-    }
-
-
-def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in manifest.items():
-        if prefix + key in _UNMATCHED:
-            continue
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
