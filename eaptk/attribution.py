@@ -224,14 +224,9 @@ def _losses(
 ) -> Tensor:
     """Losses [B] of a forward pass, finite."""
     logits = forward(model, sites, batch, every_position=callable(loss))
+    sample_losses = losses.of_samples(loss, logits, batch, clean_logits)
     if callable(loss):
-        sample_losses = loss(logits, batch)
         _check_callable(sample_losses, batch)
-    elif loss == "kl":
-        assert clean_logits is not None
-        sample_losses = losses.kl(logits, clean_logits, batch)
-    else:
-        sample_losses = getattr(losses, loss)(logits, batch)
     bad = (~sample_losses.detach().isfinite()).nonzero().flatten().tolist()
     if bad:
         value = sample_losses[bad[0]].item()

@@ -76,8 +76,7 @@ def check(
         sites = Sites(model, graphs["block", "split"])
         with _streams(sites) as streams, torch.enable_grad(), Capture(sites, gradients=True) as run:
             loss = losses.nll(forward(model, sites, batch), batch)
-            assert run.root is not None
-            torch.autograd.grad(loss.sum(), run.root)
+            run.backward(loss.sum())
         found.append(_streams_rebuilt(sites, batch, run, streams))
         found.append(_column_sums(sites, batch, run, streams, rows["block", "split"]))
         folded = _fold(rows["block", "split"], graphs["block", "split"], graphs["block", "merged"])

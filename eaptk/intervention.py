@@ -103,11 +103,7 @@ def _losses(
     model: nn.Module, sites: Sites, batch: Batch, loss: LossName | LossFunction, clean_logits: Tensor
 ) -> Tensor:
     logits = forward(model, sites, batch, every_position=callable(loss))
-    if callable(loss):
-        return loss(logits, batch)
-    if loss == "kl":
-        return losses.kl(logits, clean_logits, batch)
-    return {"nll": losses.nll, "logit_diff": losses.logit_diff}[loss](logits, batch)
+    return losses.of_samples(loss, logits, batch, clean_logits)
 
 
 def removed(source: Source, row: int) -> Tensor:

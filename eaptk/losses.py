@@ -31,6 +31,22 @@ def mean_by_sample(values: Tensor, batch: Batch) -> Tensor:
     return torch.stack([part.mean() for part in values.split(counts)])
 
 
+def of_samples(
+    loss: LossName | LossFunction, logits: Tensor, batch: Batch, clean_logits: Tensor | None = None
+) -> Tensor:
+    """[B]: the named loss, of logits [N, V] at the loss positions, or a callable's, of logits [B, T, V].
+
+    Args:
+        clean_logits: [N, V], for loss ``"kl"``.
+    """
+    if callable(loss):
+        return loss(logits, batch)
+    if loss == "kl":
+        assert clean_logits is not None
+        return kl(logits, clean_logits, batch)
+    return {"nll": nll, "logit_diff": logit_diff}[loss](logits, batch)
+
+
 def nll(logits: Tensor, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the targets; logits [N, V] at the loss positions."""
     targets = batch.targets.flatten()[loss_positions(batch)]
