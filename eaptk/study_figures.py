@@ -274,7 +274,7 @@ _VALIDATION_CAPTION = (
 
 
 def _validation_figure(found: list[Line]) -> Figure | None:
-    experiments = {id(line.experiment): line.experiment for line in found}.values()
+    experiments = _experiments(found)
     shown = [(experiment, v) for experiment in experiments for v in experiment.validation]
     if not shown:
         return None
@@ -313,7 +313,7 @@ _EDGES_CAPTION = (
 
 def _edges_figure(found: list[Line]) -> Figure | None:
     """A column for each α; rows: the baseline's strengths, then each run's and their change."""
-    experiments = list({id(line.experiment): line.experiment for line in found}.values())
+    experiments = _experiments(found)
     first = experiments[0]
     runs = range(1, len(first.names)) if first.steps is None else [len(first.names) - 1]
     graph = first.real.graph
@@ -350,7 +350,7 @@ _ENTROPY_CAPTION = (
 
 
 def _entropy_figure(found: list[Line]) -> Figure | None:
-    experiments = list({id(line.experiment): line.experiment for line in found}.values())
+    experiments = _experiments(found)
     figure = Figure(figsize=(0.7 + 3.1 * len(experiments), 4.2), layout="constrained")
     panels = figure.subplots(2, len(experiments), squeeze=False, sharey="row")
     for (above, below), experiment in zip(panels.T, experiments, strict=True):
@@ -436,6 +436,11 @@ def _track(axes: Axes, experiment: Experiment, metric: str, colour: Any) -> None
     for d, step in zip(later, steps[1:], strict=True):
         face = "white" if d.direction == "unresolved" else colour
         axes.plot(step, d.value, "o", color=colour, markerfacecolor=face, markersize=4)
+
+
+def _experiments(found: Sequence[Line]) -> list[Experiment]:
+    """Those the lines belong to, once each: a series has a line for every checkpoint."""
+    return list({id(line.experiment): line.experiment for line in found}.values())
 
 
 def _steps(experiment: Experiment) -> Doubles:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import relative_error
+from oracle import relative_error
 from test_triton import Maker, block_operands, head_operands
 from torch import Tensor
 
