@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 #: From the ground up. Modules of one floor do not import each other; within kernels/ they may.
 FLOORS = [
-    {"errors", "kernels", "progress", "_native"},
+    {"errors", "kernels", "pipeline", "progress", "_native"},
     {"architecture", "cards", "files", "journal", "sweep"},
     {"graph", "loading"},
     {"statistics"},
