@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
@@ -151,18 +152,36 @@ def source_means(
         By source name: [D]; at head granularity ``a{l}``: [heads, head_dim] at the output projection's input.
         Summed in float64 in the order given, so the same batches give the same bytes.
     """
+    return means_of((source_sums(model, batch, graph) for batch in batches), model)
+
+
+def source_sums(
+    model: nn.Module, batch: Batch | Mapping[str, Any], graph: Graph
+) -> tuple[dict[str, Tensor], int]:
+    """What `means_of` makes means of: each source's output summed over a batch's real tokens, and their number.
+
+    Returns:
+        By source name, shaped as `source_means` says: float64.
+    """
     sites = Sites(model, graph)
+    batch = _as_batch(batch)
+    _check_tokens(batch, model)
+    with frozen(model):
+        values, _ = _values(model, sites, batch.to(next(model.parameters()).device))
+    sums = {}
+    for name, value in values.items():
+        rows = zip(value, batch.lengths.tolist(), strict=True)
+        sums[name] = reduce(torch.add, (row[:length].sum(0, dtype=torch.float64) for row, length in rows))
+    return sums, int(batch.lengths.sum())
+
+
+def means_of(parts: Iterable[tuple[Mapping[str, Tensor], int]], model: nn.Module) -> dict[str, Tensor]:
+    """Means over all tokens of what `source_sums` gave for parts of them, added up in the order given."""
     totals: dict[str, Tensor] = {}
     n_tokens = 0
-    with frozen(model):
-        for batch in map(_as_batch, batches):
-            _check_tokens(batch, model)
-            values, _ = _values(model, sites, batch.to(next(model.parameters()).device))
-            for name, value in values.items():
-                for row, length in zip(value, batch.lengths.tolist(), strict=True):
-                    total = row[:length].sum(0, dtype=torch.float64)
-                    totals[name] = totals[name] + total if name in totals else total
-            n_tokens += int(batch.lengths.sum())
+    for sums, n in parts:
+        totals = {name: totals[name] + sums[name] for name in totals} or dict(sums)
+        n_tokens += n
     if not n_tokens:
         raise EaptkError("cannot take means over no batches")
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
