@@ -12,7 +12,7 @@ where reach(d) is the number of sources written before d reads.
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     import networkx
     import pandas
 
+#: What a model can be scored at.
 Granularity = Literal["block", "head"]
+#: What a graph's nodes can be: a layer as one node is what scores are added up to, see `Graph.layers`.
+Level = Literal["block", "head", "layer"]
 Qkv = Literal["split", "merged"]
-Kind = Literal["input", "attention", "mlp", "logits"]
+Kind = Literal["input", "attention", "mlp", "layer", "logits"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class Node:
 
     @property
     def name(self) -> str:
-        """The field's name for it: ``input``, ``a3``, ``a3.h1``, ``a3.h1<q>``, ``m5``, ``logits``."""
+        """The field's name for it: ``input``, ``a3``, ``a3.h1``, ``a3.h1<q>``, ``m5``, ``logits``; ``l3``."""
         if self.kind in ("input", "logits"):
             return self.kind
-        stem = f"{'a' if self.kind == 'attention' else 'm'}{self.layer}"
+        stem = f"{self.kind[0]}{self.layer}"
         head = "" if self.head is None else f".h{self.head}"
         branch = "" if self.branch is None else f"<{self.branch}>"
         return stem + head + branch
@@ -59,7 +62,8 @@ class Graph:
         n_layers: number of decoder layers.
         n_heads: query heads a layer.
         n_kv_heads: key/value heads a layer (equal to `n_heads` without grouped-query attention).
-        granularity: ``"block"``: one node per attention block and MLP; ``"head"``: one per head.
+        granularity: ``"block"``: one node per attention block and MLP; ``"head"``: one per head; ``"layer"``: one
+            per layer (see `layers`).
         qkv: ``"split"``: q, k and v read separately; ``"merged"``: one destination ``a{l}`` a layer.
         parallel: the MLP reads the same stream as the attention of its layer (GPT-NeoX).
     """
@@ -67,13 +71,13 @@ class Graph:
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    granularity: Granularity = "block"
+    granularity: Level = "block"
     qkv: Qkv = "split"
     parallel: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("granularity", self.granularity, ("block", "head")),
+            ("granularity", self.granularity, ("block", "head", "layer")),
             ("qkv", self.qkv, ("split", "merged")),
         ):
             if value not in allowed:
@@ -85,12 +89,16 @@ class Graph:
             )
 
     @classmethod
-    def from_config(cls, config: Any, granularity: Granularity = "block", qkv: Qkv = "split") -> Graph:
+    def from_config(cls, config: Any, granularity: Level = "block", qkv: Qkv = "split") -> Graph:
         """The graph of a Hugging Face config.
 
         Raises:
-            EaptkError: the config's `model_type` has no architecture entry.
+            EaptkError: the config's `model_type` has no architecture entry, or `granularity` is ``"layer"``.
         """
+        if granularity == "layer":
+            raise EaptkError(
+                "nothing is scored at layer granularity; score blocks or heads, and keep sums over layer pairs"
+            )
         architecture = find_architecture(config)
         return cls(
             n_layers=config.num_hidden_layers,
@@ -102,7 +110,7 @@ class Graph:
         )
 
     @classmethod
-    def from_model(cls, model: Any, granularity: Granularity = "block", qkv: Qkv = "split") -> Graph:
+    def from_model(cls, model: Any, granularity: Level = "block", qkv: Qkv = "split") -> Graph:
         """The graph of a loaded Hugging Face model; see `from_config`."""
         return cls.from_config(model.config, granularity, qkv)
 
@@ -110,6 +118,8 @@ class Graph:
     def sources(self) -> tuple[Node, ...]:
         """Sources in order of writing: ``input``, then per layer the attention block (or its heads) and the MLP."""
         nodes = [Node("input", -1)]
+        if self.granularity == "layer":
+            return (*nodes, *(Node("layer", layer) for layer in range(self.n_layers)))
         for layer in range(self.n_layers):
             heads = range(self.n_heads) if self.granularity == "head" else [None]
             nodes += [Node("attention", layer, head) for head in heads]
@@ -120,6 +130,9 @@ class Graph:
     def destinations(self) -> tuple[Node, ...]:
         """Destinations in order of reading: per layer the attention's and the MLP's; then ``logits``."""
         nodes: list[Node] = []
+        if self.granularity == "layer":
+            nodes = [Node("layer", layer) for layer in range(self.n_layers)]
+            return (*nodes, Node("logits", self.n_layers))
         for layer in range(self.n_layers):
             if self.qkv == "merged":
                 nodes.append(Node("attention", layer))
@@ -146,10 +159,12 @@ class Graph:
 
     def sources_before(self, destination: Node) -> int:
         """How many sources are written before `destination` reads."""
-        per_layer = self.n_heads + 1 if self.granularity == "head" else 2
+        per_layer = {"head": self.n_heads + 1, "block": 2, "layer": 1}[self.granularity]
         seen = 1 + destination.layer * per_layer
         if destination.kind == "mlp" and not self.parallel:
             seen += per_layer - 1
+        if destination.kind == "layer" and not self.parallel:
+            seen += 1  # its MLP reads its attention
         return seen
 
     @cached_property
@@ -171,6 +186,14 @@ class Graph:
     def edge_destination(self) -> npt.NDArray[np.int64]:
         """[n_edges]: index of each column's destination."""
         return np.repeat(np.arange(self.n_destinations), self.reach)
+
+    def layers(self) -> Graph:
+        """The same decoder with a node a layer: its edges are the pairs of layers that any edge joins.
+
+        Sources ``input``, ``l0``, ``l1``, …, destinations ``l0``, ``l1``, …, ``logits``. A layer reads itself where
+        its MLP reads its attention.
+        """
+        return replace(self, granularity="layer")
 
     @cached_property
     def _source_index(self) -> dict[str, int]:
@@ -227,24 +250,34 @@ class Graph:
     def from_dict(cls, fields: dict[str, Any]) -> Graph:
         return cls(**fields)
 
-    def to_frame(self) -> pandas.DataFrame:
-        """One row an edge: column, source, destination, source_layer, destination_layer."""
+    def to_frame(self, columns: npt.ArrayLike | None = None) -> pandas.DataFrame:
+        """One row an edge: column, source, destination, source_layer, destination_layer.
+
+        Args:
+            columns: of these edges, in this order; None for all.
+        """
         import pandas
 
-        sources = [self.sources[i] for i in self.edge_source]
-        destinations = [self.destinations[i] for i in self.edge_destination]
-        return pandas.DataFrame(
-            {
-                "column": np.arange(self.n_edges),
-                "source": [node.name for node in sources],
-                "destination": [node.name for node in destinations],
-                "source_layer": np.array([node.layer for node in sources], dtype=np.int32),
-                "destination_layer": np.array([node.layer for node in destinations], dtype=np.int32),
-            }
-        )
+        columns = self._columns(columns)
+        ends = {}
+        for role, nodes, index in (
+            ("source", self.sources, self.edge_source[columns]),
+            ("destination", self.destinations, self.edge_destination[columns]),
+        ):
+            names = np.array([node.name for node in nodes], dtype=object)
+            layers = np.array([node.layer for node in nodes], dtype=np.int32)
+            ends[role], ends[f"{role}_layer"] = names[index], layers[index]
+        order = ("source", "destination", "source_layer", "destination_layer")
+        return pandas.DataFrame({"column": columns, **{name: ends[name] for name in order}})
 
-    def to_networkx(self, row: npt.ArrayLike | None = None) -> networkx.DiGraph:
-        """A digraph of real edges; `row` [n_edges] becomes the edge attribute ``score``.
+    def to_networkx(
+        self, row: npt.ArrayLike | None = None, columns: npt.ArrayLike | None = None
+    ) -> networkx.DiGraph:
+        """A digraph of real edges; `row` [e] becomes the edge attribute ``score``.
+
+        Args:
+            row: a score for each of `columns`.
+            columns: the edges to draw; None for all. Nodes are there in any case.
 
         A node that both reads and writes appears once for reading and once for writing where the names
         differ (``a0<q>`` and ``a0``); they are joined by no edge, as no score belongs there.
@@ -255,12 +288,15 @@ class Graph:
         for node in (*self.sources, *self.destinations):
             graph.add_node(node.name, kind=node.kind, layer=node.layer, head=node.head, branch=node.branch)
         scores = None if row is None else np.asarray(row)
-        for column in range(self.n_edges):
+        for place, column in enumerate(self._columns(columns).tolist()):
             source = self.sources[self.edge_source[column]].name
             destination = self.destinations[self.edge_destination[column]].name
-            attributes = {"column": column} | ({} if scores is None else {"score": float(scores[column])})
+            attributes = {"column": column} | ({} if scores is None else {"score": float(scores[place])})
             graph.add_edge(source, destination, **attributes)
         return graph
+
+    def _columns(self, columns: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+        return np.arange(self.n_edges) if columns is None else np.asarray(columns, dtype=np.int64)
 
 
 def _look_up(name: str, index: dict[str, int], role: str) -> int:

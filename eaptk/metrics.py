@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
-from eaptk.statistics import DEFAULT_BINS, Histogram, Statistics
+from eaptk.statistics import DEFAULT_BINS, Histogram, Statistics, n_structural_zeros
 from eaptk.sweep import (
     Backend,
     Doubles,
@@ -171,7 +171,7 @@ def measure(
             raise EaptkError(
                 f"every score of {run.path} that was selected is 0; give the histogram an upper end"
             )
-    n_zeros = _structural_zeros(run.graph, column_index) if dense else 0
+    n_zeros = n_structural_zeros(run.graph, column_index) if dense else 0
     swept = source.sweep(bins, upper).with_zeros(n_zeros)
     assert swept.histogram is not None
     assert swept.above is not None
@@ -311,13 +311,6 @@ def _source_entropies(graph: Graph, columns: Integers, strength: Doubles, log_ba
     matrix = np.zeros((graph.n_sources, graph.n_destinations))
     matrix[graph.edge_source[columns], graph.edge_destination[columns]] = strength
     return entropy(matrix, log_base)
-
-
-def _structural_zeros(graph: Graph, columns: Integers) -> int:
-    sources = np.unique(graph.edge_source[columns])
-    reach = graph.reach[np.unique(graph.edge_destination[columns])]
-    edges = (sources[:, None] < reach).sum()
-    return int(len(sources) * len(reach) - edges)
 
 
 def _finished(path: Path, done: npt.NDArray[Any], rows: npt.ArrayLike | None) -> tuple[Integers, int]:

@@ -69,17 +69,23 @@ class Summary:
     sums: Doubles
 
 
-def summarise(scores: Tensor, graph: Graph, histogram: Histogram) -> Summary:
-    """What is kept of finite float32 score rows [B, n_edges], found on the GPU if they are on one."""
+def summarise(scores: Tensor, graph: Graph, histogram: Histogram, columns: Integers | None = None) -> Summary:
+    """What is kept of finite float32 score rows [B, e], found on the GPU if they are on one.
+
+    Args:
+        columns: [e], the edges that `scores` are of; None for all.
+    """
     if scores.device.type == "cuda":
-        return summarise_in_torch(scores, graph, histogram)
+        return summarise_in_torch(scores, graph, histogram, columns)
     # Not every other device has float64, and on the host the sweep is hundreds of times faster than PyTorch.
     rows: Scores = scores.cpu().numpy()
     swept = sweep(rows, bins=histogram.bins, upper=histogram.upper)
-    return _summary(swept, graph, partial(weighted_column_sums, rows))
+    return _summary(swept, n_structural_zeros(graph, columns), partial(weighted_column_sums, rows))
 
 
-def summarise_in_torch(scores: Tensor, graph: Graph, histogram: Histogram) -> Summary:
+def summarise_in_torch(
+    scores: Tensor, graph: Graph, histogram: Histogram, columns: Integers | None = None
+) -> Summary:
     """The same by `eaptk.kernels`, for rows that should not leave their device.
 
     Raises:
@@ -104,12 +110,12 @@ def summarise_in_torch(scores: Tensor, graph: Graph, histogram: Histogram) -> Su
             sums[:, first : first + _COLUMNS] = (on_device @ (part.abs() if absolute else part)).cpu().numpy()
         return sums
 
-    return _summary(Sweep(**by_name), graph, column_sums)
+    return _summary(Sweep(**by_name), n_structural_zeros(graph, columns), column_sums)
 
 
-def _summary(swept: Sweep, graph: Graph, column_sums: Callable[..., Doubles]) -> Summary:
+def _summary(swept: Sweep, n_zeros: int, column_sums: Callable[..., Doubles]) -> Summary:
     assert swept.histogram is not None
-    dense = swept.with_zeros(n_structural_zeros(graph))
+    dense = swept.with_zeros(n_zeros)
     once = np.ones_like(swept.sum)
     signed = np.stack([once, unit_weights(swept), unit_weights(dense)])
     return Summary(
@@ -125,11 +131,12 @@ class Statistics:
 
     Args:
         graph: of the rows that were measured.
+        columns: [e], the edges that were kept; None for all.
         histogram: its bins.
         done: [n_samples], which samples the sums hold; nothing else is known of the others.
         moments: [n_samples, 7], see `MOMENTS`.
         counts: [n_samples, bins] uint32.
-        sums: [4, n_edges], see `SUMS`.
+        sums: [4, e], see `SUMS`.
     """
 
     graph: Graph
@@ -138,21 +145,22 @@ class Statistics:
     moments: Doubles
     counts: npt.NDArray[np.uint32]
     sums: Doubles
+    columns: Integers | None = None
 
     def sweep(self, rows: Integers) -> Sweep:
         """What `eaptk.sweep.sweep` found in these rows."""
         counts = self.counts[rows].astype(np.int64)
-        above = self.graph.n_edges - counts.sum(1)
+        above = self._n_edges - counts.sum(1)
         return replace(self._moments(rows), histogram=counts, above=above)
 
     def means(self) -> tuple[Doubles, Doubles]:
-        """[n_edges] each: mean |W| and mean W over the samples that are done."""
+        """[e] each: mean |W| and mean W over the samples that are done."""
         absolute, signed = self.sums[:2] / self.done.sum()
         return absolute, signed
 
     def strength(self, rows: Integers) -> Doubles:
-        """[n_edges]: mean |W| over `rows`, different ones that are done; NaN unless they are all of those."""
-        return self.means()[0] if len(rows) == self.done.sum() else np.full(self.graph.n_edges, np.nan)
+        """[e]: mean |W| over `rows`, different ones that are done; NaN unless they are all of those."""
+        return self.means()[0] if len(rows) == self.done.sum() else np.full(self._n_edges, np.nan)
 
     def mean_correlation(self, rows: Integers, dense: bool) -> float | None:
         """Over all pairs of `rows` whose scores vary.
@@ -160,7 +168,7 @@ class Statistics:
         None for fewer than two of those, and unless they are all that are done and vary.
         """
         finished = np.flatnonzero(self.done)
-        n_zeros = n_structural_zeros(self.graph) if dense else 0
+        n_zeros = n_structural_zeros(self.graph, self.columns) if dense else 0
         swept = self._moments(finished).with_zeros(n_zeros)
         varies = swept.min < swept.max
         n = int(varies.sum())
@@ -170,9 +178,13 @@ class Statistics:
         total = self.sums[SUMS.index("unit_dense" if dense else "unit")] - centre
         return float((total @ total + n_zeros * centre**2 - n) / (n * (n - 1)))
 
+    @property
+    def _n_edges(self) -> int:
+        return self.sums.shape[1]
+
     def _moments(self, rows: Integers) -> Sweep:
         columns = np.ascontiguousarray(self.moments[rows].T)
-        count = np.full(len(rows), self.graph.n_edges)
+        count = np.full(len(rows), self._n_edges)
         return Sweep(count=count, **dict(zip(MOMENTS, columns, strict=True)))
 
 
@@ -182,6 +194,11 @@ def unit_weights(swept: Sweep) -> Doubles:
     return np.divide(1.0, length, out=np.zeros_like(length), where=swept.min < swept.max)
 
 
-def n_structural_zeros(graph: Graph) -> int:
-    """Pairs of a source and a destination that are no edge."""
-    return graph.n_sources * graph.n_destinations - graph.n_edges
+def n_structural_zeros(graph: Graph, columns: Integers | None = None) -> int:
+    """Pairs of a source and a destination that are no edge, of those that `columns` touch (None: of all)."""
+    if columns is None:
+        return graph.n_sources * graph.n_destinations - graph.n_edges
+    sources = np.unique(graph.edge_source[columns])
+    reach = graph.reach[np.unique(graph.edge_destination[columns])]
+    edges = (sources[:, None] < reach).sum()
+    return int(len(sources) * len(reach) - edges)

@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[1]
 #: From the ground up. Modules of one floor do not import each other; within kernels/ they may.
 FLOORS = [
     {"errors", "kernels", "pipeline", "progress", "_native"},
-    {"architecture", "cards", "files", "journal", "sweep"},
+    {"architecture", "cards", "files", "journal", "sweep", "weights"},
     {"graph", "loading"},
-    {"statistics"},
+    {"shards", "statistics"},
+    {"keep"},
+    {"pooled"},
     {"content"},
     {"batch", "sites"},
-    {"capture", "plan"},
+    {"capture", "division", "plan"},
     {"losses"},
     {"attribution"},
     {"intervention"},
