@@ -17,18 +17,23 @@ from __future__ import annotations
 
 import difflib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eaptk.batch import Sample
 from eaptk.errors import EaptkError
 from eaptk.files import is_meant_as_path
+
+#: Most padding of all tokens of a plan.
+PADDING = 0.05
 
 _FIELDS = ("prompt", "answer", "corrupt", "foil")
 #: Columns of samples.parquet that eaptk fills, and that user columns may therefore not be called.
@@ -107,6 +112,12 @@ def read_samples(
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Group samples of similar length; the plan depends on nothing else, so a resumed run has the same.
 
+    A batch takes the next shorter samples until the budget is reached. Only where all batches together would
+    so be padding by more than 5 % are some closed early: each whose padding would pass a limit, in tokens, and
+    the limit is the highest that keeps the 5 %. (A limit in tokens, not a share: what a batch more saves in
+    padding is then the same everywhere, which is where few batches do best.) It takes a small dataset, as
+    budgets alone pad by tokens_per_batch · ln(longest / shortest) in all, about: some dozen batches at most.
+
     Args:
         lengths: [n] tokens of each sample.
         tokens_per_batch: most tokens of a batch, padding included; a longer sample is a batch alone.
@@ -114,13 +125,32 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
     Returns:
         Batches of indices. The longest come first: if memory does not suffice, it fails at once.
     """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    if not len(lengths):
+        return []
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    falling = np.asarray(lengths)[order].tolist()
+    before = list(accumulate(falling, initial=0))
+
+    def starts(most_padding: int) -> list[int]:
+        """Where batches start, and where the last one ends."""
+        found = [0]
+        while (first := found[-1]) < len(falling):
+            longest = max(falling[first], 1)
+            fit = range(first + 1, min(first + max(tokens_per_batch // longest, 1), len(falling)) + 1)
+            size = bisect_right(
+                fit, most_padding, key=lambda end: (end - first) * longest - (before[end] - before[first])
+            )
+            found.append(first + size)
+        return found
+
+    def is_too_much(most_padding: int) -> bool:
+        padded = sum(falling[first] * (end - first) for first, end in pairwise(starts(most_padding)))
+        return padded - before[-1] > PADDING * padded
+
+    limit = tokens_per_batch
+    if is_too_much(limit):
+        limit = bisect_left(range(1, limit), True, key=is_too_much)
+    return [order[first:end].tolist() for first, end in pairwise(starts(limit))]
 
 
 def samples_table(samples: Sequence[Sample]) -> pa.Table:

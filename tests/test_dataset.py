@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from checkpoints import make_tokenizer, write_jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eaptk.batch import Sample
@@ -286,7 +288,27 @@ def test_a_name_beside_local_folders_is_not_looked_up_on_the_hub(
     assert refused("data/nope").startswith("no such file: data/nope; give a JSONL file")
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 100))
+LENGTHS = st.lists(st.integers(1, 40), max_size=60) | st.lists(st.integers(1, 5000), max_size=60)
+BUDGETS = st.integers(1, 100) | st.integers(1, 100_000)
+
+
+def tokens(lengths: list[int], plan: list[list[int]]) -> int:
+    """Padding included."""
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in plan)
+
+
+def fewest_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """By budget alone, whatever the padding."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@given(LENGTHS, BUDGETS)
 def test_batches_hold_every_sample_once_within_the_budget_longest_first(
     lengths: list[int], budget: int
 ) -> None:
@@ -295,3 +317,55 @@ def test_batches_hold_every_sample_once_within_the_budget_longest_first(
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in plan)
     order = [lengths[index] for batch in plan for index in batch]
     assert order == sorted(order, reverse=True)
+
+
+@given(LENGTHS, BUDGETS)
+@settings(max_examples=200)
+def test_of_all_tokens_at_most_5_percent_are_padding(lengths: list[int], budget: int) -> None:
+    padded = tokens(lengths, plan_batches(lengths, budget))
+    assert padded - sum(lengths) <= 0.05 * padded
+
+
+@given(LENGTHS, BUDGETS)
+@settings(max_examples=200)
+def test_batches_are_as_full_as_the_budget_allows_unless_that_pads_more(
+    lengths: list[int], budget: int
+) -> None:
+    fewest = fewest_batches(lengths, budget)
+    padded = tokens(lengths, fewest)
+    assert (plan_batches(lengths, budget) == fewest) == (padded - sum(lengths) <= 0.05 * padded)
+
+
+@given(LENGTHS, BUDGETS, st.randoms())
+def test_the_plan_depends_on_the_lengths_alone(lengths: list[int], budget: int, random: Any) -> None:
+    shuffled = random.sample(lengths, len(lengths))
+    plans = [[[own[i] for i in batch] for batch in plan_batches(own, budget)] for own in (lengths, shuffled)]
+    assert plans[0] == plans[1]
+    assert plan_batches(np.array(lengths, dtype=np.int32), budget) == plan_batches(lengths, budget)
+
+
+def fewest_within(lengths: list[int], budget: int, padding: float) -> int:
+    """Of all plans: for each number of batches, the fewest padded tokens that take the `end` longest."""
+    falling = sorted(lengths, reverse=True)
+    padded = np.full((len(falling) + 1, len(falling) + 1), np.inf)
+    padded[0, 0] = 0
+    for first, longest in enumerate(falling):
+        for end in range(first + 1, min(first + max(budget // longest, 1), len(falling)) + 1):
+            more = padded[first, :-1] + longest * (end - first)
+            padded[end, 1:] = np.minimum(padded[end, 1:], more)
+    return int(np.argmax(sum(falling) >= (1 - padding) * padded[-1]))
+
+
+@pytest.mark.parametrize("budget", [2048, 8192, 10**9])
+@pytest.mark.parametrize("spread", [0.3, 0.8, 1.5])
+def test_where_padding_is_the_limit_it_is_spent_where_it_saves_batches(spread: float, budget: int) -> None:
+    lengths = (np.random.default_rng(0).lognormal(4.5, spread, 100).astype(int) + 1).tolist()
+    assert len(plan_batches(lengths, budget)) <= 1.3 * fewest_within(lengths, budget, 0.05)
+
+
+def test_a_million_samples_are_planned_in_seconds() -> None:
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.8, 1_000_000).astype(int) + 1
+    started = time.process_time()
+    plan = plan_batches(lengths, 2048)
+    assert time.process_time() - started < 10
+    assert len(plan) < 1.07 * lengths.sum() / 2048
