@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from eaptk.architecture import Architecture, find_architecture
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
+from eaptk.shards import Shards
+from eaptk.weights import bare, dtype_of, execution_device, in_place, matrix
 
 BRANCHES = ("q", "k", "v")
 
@@ -66,14 +67,18 @@ class Reader(NamedTuple):
 
 
 class Sites:
-    """Where `graph`'s sources and destinations are in `model`.
+    """Where `graph`'s sources and destinations are in `model`, which may be a PEFT model.
+
+    Of a model that is sharded over processes (`shards`) a process has its part of the heads.
 
     Raises:
         EaptkError: the model's type has no architecture entry, a path of the entry leads nowhere, or the
-            graph was made for another model.
+            graph was made for another model; heads are not shared out evenly.
     """
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
+        model = bare(model)
+        self.dtype = dtype_of(model)
         self.architecture = find_architecture(model.config)
         expected = Graph.from_model(model, graph.granularity, graph.qkv)
         if graph != expected:
@@ -90,6 +95,14 @@ class Sites:
             raise EaptkError(
                 f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM"
             )
+        first = self.layers[0]
+        projections = dict.fromkeys((first.query, first.key, first.value, first.attention_output))
+        self.shards = Shards.of(list(projections), graph)
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """Where layers compute, in order of first use."""
+        return list(dict.fromkeys(execution_device(layer.attention_output) for layer in self.layers))
 
     @cached_property
     def readers(self) -> list[Reader]:
@@ -139,55 +152,42 @@ class Sites:
         """Gain [D], ε, and whether the norm removes the mean."""
         kind = self.architecture.norm
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        weight = getattr(norm, "weight", None)
-        if eps is None or not isinstance(weight, Tensor):
+        if eps is None or not isinstance(getattr(norm, "weight", None), Tensor):
             raise EaptkError(f"cannot read gain and ε of {type(norm).__name__} as a {kind!r} norm")
-        gain = weight.detach()
+        gain = in_place(norm, "weight")
         if kind == "rms_plus_one":
             gain = gain.to(torch.promote_types(gain.dtype, torch.float32)) + 1
         return gain, float(eps), kind == "layer"
 
     def output_weight(self, layer: LayerSites) -> Tensor:
         """[heads, head_dim, D]: the output projection's rows, by head."""
-        return _by_head(_matrix(layer.attention_output), self.graph.n_heads)
+        return matrix(layer.attention_output, self.dtype).unflatten(0, (self._heads[0], -1))
 
     def branch_weight(self, layer: LayerSites, branch: str) -> Tensor:
         """[heads, head_dim, D]: the rows that project the normed stream to queries, keys or values."""
         module = {"q": layer.query, "k": layer.key, "v": layer.value}[branch]
-        return self._branch(_matrix(module).T, 0, branch)
+        return self._branch(matrix(module, self.dtype).T, 0, branch)
 
     def branch_values(self, projected: Tensor, branch: str) -> Tensor:
         """[B, T, heads, head_dim]: one branch of a projection's output (or of the gradient there)."""
         return self._branch(projected, projected.ndim - 1, branch)
 
     def _branch(self, x: Tensor, axis: int, branch: str) -> Tensor:
-        index = "qkv".index(branch)
-        n_heads, n_kv_heads = self.graph.n_heads, self.graph.n_kv_heads
-        sizes = (n_heads, n_kv_heads, n_kv_heads)
+        index, sizes = "qkv".index(branch), self._heads
         if self.architecture.fused == "blocks":
             head_dim = x.shape[axis] // sum(sizes)
             x = x.narrow(axis, sum(sizes[:index]) * head_dim, sizes[index] * head_dim)
         elif self.architecture.fused == "heads":
-            return x.unflatten(axis, (n_heads, 3, -1)).select(axis + 1, index)
+            return x.unflatten(axis, (sizes[0], 3, -1)).select(axis + 1, index)
         return x.unflatten(axis, (sizes[index], -1))
 
+    def by_head(self, heads: Tensor) -> Tensor:
+        """[B, T, heads, head_dim]: the output projection's input, of the heads that this process has."""
+        return heads.unflatten(-1, (self._heads[0], -1))
 
-def _matrix(projection: nn.Module) -> Tensor:
-    """[in, out] weight of a plain linear map."""
-    weight = getattr(projection, "weight", None)
-    # By the forward it runs, not by its class: quantised and adapted projections subclass nn.Linear.
-    forward = type(projection).forward
-    if isinstance(weight, Tensor) and torch.is_floating_point(weight):
-        if forward is Conv1D.forward:
-            return weight.detach()
-        shape = (getattr(projection, "out_features", None), getattr(projection, "in_features", None))
-        if forward is nn.Linear.forward and tuple(weight.shape) == shape:
-            return weight.detach().T
-    raise EaptkError(
-        f"{type(projection).__name__} is no plain linear map: its weight cannot be split by head; load the "
-        f"model unquantised with adapters merged, or, where q, k and v are separate, use granularity='block'"
-    )
-
-
-def _by_head(matrix: Tensor, n_heads: int) -> Tensor:
-    return matrix.unflatten(0, (n_heads, -1))
+    @property
+    def _heads(self) -> tuple[int, int, int]:
+        """Query, key and value heads of a layer that this process has."""
+        parts = 1 if self.shards is None else self.shards.size
+        n_kv_heads = self.graph.n_kv_heads // parts
+        return self.graph.n_heads // parts, n_kv_heads, n_kv_heads

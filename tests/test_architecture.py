@@ -21,6 +21,7 @@ from eaptk import (
     attribute,
     register_architecture,
 )
+from eaptk.graph import Granularity
 
 GRANULARITIES = ["block", "head"]
 EXACT = 1e-12  # relative Frobenius in float64
@@ -33,12 +34,34 @@ class Scaled(nn.Linear):
         return 1.5 * super().forward(x)
 
 
+class Bent(nn.Linear):
+    """A projection that is no linear map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
 @pytest.mark.parametrize("projection", ["q_proj", "o_proj"])
-def test_a_projection_that_is_more_than_its_weight_is_never_split_by_head(projection: str) -> None:
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_projection_is_the_linear_map_that_it_computes_not_its_weight(
+    projection: str, granularity: Granularity
+) -> None:
     model, batch = tiny_model("llama"), tiny_batch()
     for layer in model.model.layers:
         getattr(layer.self_attn, projection).__class__ = Scaled
-    with pytest.raises(EaptkError, match=r"Scaled.*granularity='block'"):
+    graph = Graph.from_model(model, granularity)
+    assert (
+        relative_error(attribute(model, batch, graph).matrix(), oracle.batch_scores(model, batch, graph))
+        < EXACT
+    )
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "o_proj"])
+def test_a_projection_that_is_no_linear_map_is_never_split_by_head(projection: str) -> None:
+    model, batch = tiny_model("llama"), tiny_batch()
+    for layer in model.model.layers:
+        getattr(layer.self_attn, projection).__class__ = Bent
+    with pytest.raises(EaptkError, match=r"Bent is no linear map.*granularity='block'"):
         attribute(model, batch, Graph.from_model(model, "head"))
     graph = Graph.from_model(model, "block")
     assert (
