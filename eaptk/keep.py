@@ -97,6 +97,20 @@ class Keep:
         return self.graph.n_edges if self.columns is None else len(self.columns)
 
     @property
+    def whole(self) -> bool:
+        """Whether every edge of `kept_graph` is kept, or chosen from."""
+        if self.layer_pairs:
+            return self._n_pairs == self.kept_graph.n_edges
+        return self.n_edges == self.graph.n_edges
+
+    def is_of(self, stored: Integers) -> bool:
+        """Whether the edges to be kept of `kept_graph` are these, as far as the manifest tells."""
+        if self.layer_pairs:
+            return len(stored) == self._n_pairs
+        edges = self.to_dict()["edges"]
+        return edges is None or bool(edges == _facts(stored))
+
+    @property
     def kept_graph(self) -> Graph:
         """The graph whose edges are stored: the pairs of layers, or the graph that was scored."""
         return self.graph.layers() if self.layer_pairs else self.graph
@@ -112,6 +126,18 @@ class Keep:
         if self.layer_pairs:
             return {"scores": (self._n_pairs, dtype), "absolute": (self._n_pairs, dtype)}
         return {"scores": (self.n_edges, dtype)}
+
+    @property
+    def description(self) -> str:
+        """In words, for tables."""
+        among = "" if self.n_edges == self.graph.n_edges else f" of {self.n_edges:,} chosen edges"
+        if self.histogram is not None:
+            return f"metrics only{among}: {self.histogram.bins} bins on [0, {self.histogram.upper:g}]"
+        if self.top is not None:
+            return f"the {self.top:,} strongest{among} of each, {self.row_dtype}"
+        if self.layer_pairs:
+            return f"sums{among} over {self._n_pairs:,} pairs of layers, {self.row_dtype}"
+        return f"{self.row_dtype}{among}"
 
     def of(self, scores: Tensor, names: Sequence[str]) -> Entries:
         """What is kept of finite rows [B, n_edges] of the samples `names`.
@@ -131,6 +157,7 @@ class Keep:
         """
         import torch
 
+        self._require_columns()
         dtype = getattr(torch, self.row_dtype)
         if self.layer_pairs:
             pairs = self._pairs_on(scores.device)
@@ -168,6 +195,7 @@ class Keep:
         """
         import pyarrow
 
+        self._require_columns()
         frame = self.kept_graph.to_frame(self._pairs if self.layer_pairs else self.columns)
         if self.layer_pairs:
             frame["n_edges"] = self._edges_a_pair[self._pairs]
@@ -179,7 +207,7 @@ class Keep:
         if self.recorded is not None:
             edges = self.recorded["edges"]
         elif self.columns is not None:
-            edges = {"count": len(self.columns), "fingerprint": fingerprint(self.columns)}
+            edges = _facts(self.columns)
         return {
             "row_dtype": self.row_dtype,
             "metrics_only": None if self.histogram is None else asdict(self.histogram),
@@ -204,6 +232,12 @@ class Keep:
             layer_pairs=pairs is not None,
             recorded={"edges": manifest.get("edges"), "layer_pairs": pairs},
         )
+
+    def _require_columns(self) -> None:
+        if self.recorded is not None and self.recorded["edges"] is not None:
+            raise ValueError(
+                "a manifest does not hold the columns of the edges to keep; give the Keep it was made of"
+            )
 
     @property
     def _n_pairs(self) -> int:
@@ -312,6 +346,7 @@ def layer_pair(graph: Graph) -> Integers:
     return offset[destination[graph.edge_destination]] + source[graph.edge_source]
 
 
-def fingerprint(columns: Integers) -> str:
+def _facts(columns: Integers) -> dict[str, Any]:
     """Of a set of columns, in ascending order."""
-    return f"sha256:{hashlib.sha256(np.ascontiguousarray(columns, dtype='<i8').tobytes()).hexdigest()}"
+    digest = hashlib.sha256(np.ascontiguousarray(columns, dtype="<i8").tobytes())
+    return {"count": len(columns), "fingerprint": f"sha256:{digest.hexdigest()}"}
