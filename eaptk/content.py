@@ -1,40 +1,35 @@
-"""What a run keeps of each sample: its row of scores, or statistics of the row. One class for each.
+"""What a run keeps of each sample: a row of scores, or some of it, or statistics of it. One class for each.
 
-Either lies in .npy files of one entry a sample, whose space is reserved before anything else is written and which
-are written in place, and a *record* of which samples are done. The record appears last of all, and says that a
-sample is done only once its entries are on disk.
+All lie in .npy files of one entry a sample, whose space is reserved before anything else is written and which are
+written in place, with a checksum of what is kept of each sample; and a *record* of which samples are done. The record
+appears last of all, and says that a sample is done only once its entries are on disk.
 
 Rows are independent, so their record is ``done.npy``, one byte a sample. Sums over samples are not: which samples
 they hold must be known at every moment, or a sample would count twice after a resume. So the record of statistics
-is one file, ``pooled.npy``, that holds both, and each commit replaces it as a whole.
+holds both, see `eaptk.pooled`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from eaptk.files import (
-    check_array,
-    map_array,
-    pwrite,
-    require_space,
-    reserve_array,
-    whole_file,
-    write_array,
-)
+from eaptk.files import check_array, map_array, pwrite, reserve_array, whole_file
 from eaptk.graph import Graph
+from eaptk.pooled import Pooled
 from eaptk.statistics import MOMENTS, SUMS, Histogram, Statistics, Summary
+from eaptk.sweep import Doubles
 
-#: Every file of either kind, the records first: without its record a run has not begun.
-FILES = ("done.npy", "pooled.npy", "scores.npy", "moments.npy", "histogram.npy")
+#: Names of arrays that any kind has, without ``.npy``.
+_ARRAYS = ("checksums", "scores", "columns", "absolute", "moments", "histogram")
 
 
 class SampleArray:
@@ -65,16 +60,20 @@ class SampleArray:
         self._descriptor = os.open(self.path, os.O_RDWR)
         files.callback(os.close, self._descriptor)
 
-    def write(self, rows: Sequence[int], entries: npt.NDArray[Any]) -> None:
-        """Write the entries of some samples.
-
-        Raises:
-            ValueError: there is not one entry of the array's shape and dtype for each row.
-        """
+    def expect(self, rows: Sequence[int], entries: npt.NDArray[Any]) -> None:
+        """Raises ValueError if there is not one entry of the array's shape and dtype for each row."""
         expected = (len(rows), *self.shape[1:])
         if entries.shape != expected or entries.dtype != self.dtype:
             found = f"{entries.dtype} {entries.shape}"
             raise ValueError(f"{self.path.name} takes {self.dtype} {expected}; got {found}")
+
+    def write(self, rows: Sequence[int], entries: npt.NDArray[Any]) -> None:
+        """Write the entries of some samples.
+
+        Raises:
+            ValueError: as `expect` does.
+        """
+        self.expect(rows, entries)
         for row, entry in zip(rows, np.ascontiguousarray(entries), strict=True):
             pwrite(self._descriptor, entry.tobytes(), self._offset + row * self._entry_bytes)
 
@@ -87,27 +86,29 @@ class Content(ABC):
     """What a run keeps of each sample.
 
     Args:
-        arrays: of one entry a sample, without the record.
-        record: what says which samples are done.
+        folder: of the run.
+        n_samples: of the run.
+        entries: the arrays of it.
     """
 
-    def __init__(self, arrays: Sequence[SampleArray], record: SampleArray) -> None:
-        self.arrays, self._record = arrays, record
+    def __init__(self, folder: Path, n_samples: int, entries: Sequence[SampleArray]) -> None:
+        self.folder, self.n_samples, self.entries = folder, n_samples, entries
+        self.checksums = SampleArray(folder / "checksums.npy", (n_samples,), np.uint32)
 
     @property
+    def arrays(self) -> Sequence[SampleArray]:
+        """All that are reserved beforehand: the entries, and their checksums."""
+        return (*self.entries, self.checksums)
+
+    @property
+    @abstractmethod
     def begun(self) -> bool:
         """Whether there is a record: samples are fixed and entries may be written."""
-        return self._record.path.exists()
 
     @property
     @abstractmethod
     def done(self) -> npt.NDArray[np.uint8]:
         """[n_samples]: 1 where a sample is on disk, as of now."""
-
-    @property
-    @abstractmethod
-    def pending(self) -> bool:
-        """Whether anything was written that is not committed."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -119,125 +120,181 @@ class Content(ABC):
             array.open(files)
 
     @abstractmethod
-    def write(self, rows: Sequence[int], entries: Any) -> None:
-        """Write the entries of some samples; they are done from the next commit on.
+    def parts(self, kept: Any) -> Sequence[npt.NDArray[Any]]:
+        """What goes into each array of `entries`."""
+
+    def write(self, rows: Sequence[int], kept: Any, loss: Doubles) -> None:
+        """Write what is kept of some samples.
+
+        Args:
+            rows: [B].
+            kept: of them all, as `parts` takes it.
+            loss: [B] float64, for the checksum.
 
         Raises:
-            ValueError: `entries` are not what is kept of so many samples; nothing is written then.
+            ValueError: `kept` is not what is kept of so many samples; nothing is written then.
         """
+        parts = self.parts(kept)
+        for array, part in zip(self.entries, parts, strict=True):
+            array.expect(rows, part)
+        for array, part in zip(self.arrays, (*parts, checksums((*parts, loss))), strict=True):
+            array.write(rows, part)
+
+    def commit(self) -> None:
+        """Sync what was written to disk; then it is done, but for sums over samples."""
+        for array in self.arrays:
+            array.sync()
 
     @abstractmethod
-    def commit(self) -> None:
-        """Sync what was written to disk, then put it on record."""
+    def finish(self) -> None:
+        """All samples are done, and no process writes any more: leave the files of a complete run."""
 
     def check(self) -> None:
         """Raises EaptkError where a file is missing or damaged."""
-        for array in (*self.arrays, self._record):
+        for array in self.arrays:
             array.map()
 
 
 class Rows(Content):
-    """``scores.npy`` [n_samples, n_edges], and ``done.npy`` [n_samples] uint8."""
+    """Arrays of what is kept of each sample by itself; the record is ``done.npy`` [n_samples] uint8.
 
-    def __init__(self, folder: Path, graph: Graph, n_samples: int, dtype: np.dtype[Any]) -> None:
-        self._scores = SampleArray(folder / "scores.npy", (n_samples, graph.n_edges), dtype)
-        super().__init__([self._scores], SampleArray(folder / "done.npy", (n_samples,), np.uint8))
+    Args:
+        folder, n_samples: of the run.
+        arrays: width and dtype of each array [n_samples, width], by its name.
+    """
+
+    def __init__(self, folder: Path, n_samples: int, arrays: Mapping[str, tuple[int, np.dtype[Any]]]) -> None:
+        self._named = {
+            name: SampleArray(folder / f"{name}.npy", (n_samples, width), dtype)
+            for name, (width, dtype) in arrays.items()
+        }
+        super().__init__(folder, n_samples, list(self._named.values()))
+        self._done = SampleArray(folder / "done.npy", (n_samples,), np.uint8)
         self._pending: list[int] = []
 
     @property
-    def done(self) -> npt.NDArray[np.uint8]:
-        return np.array(self._record.map())
+    def begun(self) -> bool:
+        return self._done.path.exists()
 
     @property
-    def pending(self) -> bool:
-        return bool(self._pending)
+    def done(self) -> npt.NDArray[np.uint8]:
+        return np.array(self._done.map())
 
     def begin(self) -> None:
-        with whole_file(self._record.path) as temporary:
-            self._record.reserve(temporary)
+        with whole_file(self._done.path) as temporary:
+            self._done.reserve(temporary)
 
     def open(self, files: contextlib.ExitStack) -> None:
         super().open(files)
-        self._record.open(files)
+        self._done.open(files)
 
-    def write(self, rows: Sequence[int], entries: npt.NDArray[Any]) -> None:
-        self._scores.write(rows, entries)
+    def parts(self, kept: npt.NDArray[Any] | Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        if not isinstance(kept, Mapping):
+            return [kept]
+        return [kept[name] for name in self._named]
+
+    def write(self, rows: Sequence[int], kept: Any, loss: Doubles) -> None:
+        super().write(rows, kept, loss)
         self._pending += rows
 
     def commit(self) -> None:
-        self._scores.sync()
-        self._record.write(self._pending, np.ones(len(self._pending), np.uint8))
-        self._record.sync()
-        self._pending.clear()
+        if self._pending:
+            super().commit()
+            self._done.write(self._pending, np.ones(len(self._pending), np.uint8))
+            self._done.sync()
+            self._pending.clear()
 
-    def read(self) -> npt.NDArray[Any]:
-        """The rows, memory-mapped and read-only."""
-        return self._scores.map()
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def check(self) -> None:
+        super().check()
+        self._done.map()
+
+    def read(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays by name, memory-mapped and read-only."""
+        return {name: array.map() for name, array in self._named.items()}
 
 
 class Summaries(Content):
-    """``moments.npy`` [n_samples, 7] float64, ``histogram.npy`` [n_samples, bins] uint32, and ``pooled.npy``.
+    """``moments.npy`` [n_samples, 7] float64, ``histogram.npy`` [n_samples, bins] uint32, and `Pooled` sums."""
 
-    The last is one element with the fields ``sums`` [4, n_edges] float64 and ``done`` [n_samples] uint8.
-    Batches are added in the order they are written, so a run that is resumed in the same order ends with the
-    same bytes.
-    """
-
-    def __init__(self, folder: Path, graph: Graph, n_samples: int, histogram: Histogram) -> None:
-        self._graph, self._histogram = graph, histogram
+    def __init__(
+        self, folder: Path, n_samples: int, graph: Graph, histogram: Histogram, n_edges: int
+    ) -> None:
+        self._graph, self._histogram, self._n_edges = graph, histogram, n_edges
         self._moments = SampleArray(folder / "moments.npy", (n_samples, len(MOMENTS)), np.float64)
         self._counts = SampleArray(folder / "histogram.npy", (n_samples, histogram.bins), np.uint32)
-        pooled = [("sums", np.float64, (len(SUMS), graph.n_edges)), ("done", np.uint8, (n_samples,))]
-        super().__init__([self._moments, self._counts], SampleArray(folder / "pooled.npy", (1,), pooled))
-        self._written = False
-        #: The record with all that was written, and room for the next one.
-        self._pooled: tuple[npt.NDArray[Any], npt.NDArray[Any]]
+        self.pooled = Pooled(folder, len(SUMS), n_edges, n_samples)
+        super().__init__(folder, n_samples, [self._moments, self._counts])
+        self._stretch: tuple[list[int], Doubles] | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.pooled.begun
 
     @property
     def done(self) -> npt.NDArray[np.uint8]:
-        return np.array(self._record.map()[0]["done"])
-
-    @property
-    def pending(self) -> bool:
-        return self._written
+        return self.pooled.done
 
     def begin(self) -> None:
-        # Each commit needs room for the new one beside the old.
-        require_space(self._record.path.parent, 2 * self._record.dtype.itemsize)
-        write_array(self._record.path, np.zeros(1, self._record.dtype))
+        self.pooled.begin()
 
-    def open(self, files: contextlib.ExitStack) -> None:
-        super().open(files)
-        pooled = np.array(self._record.map())
-        self._pooled = pooled, np.empty_like(pooled)
+    def parts(self, kept: Summary) -> Sequence[npt.NDArray[Any]]:
+        return kept.moments, kept.counts
 
-    def write(self, rows: Sequence[int], entries: Summary) -> None:
-        old, new = self._pooled
-        if entries.sums.shape != old["sums"].shape[1:] or old["done"][0, rows].any():
-            raise ValueError(f"{self._record.path} cannot take sums {entries.sums.shape} of rows {rows}")
-        self._moments.write(rows, entries.moments)
-        self._counts.write(rows, entries.counts)
-        np.add(old["sums"], entries.sums, out=new["sums"])
-        new["done"] = old["done"]
-        new["done"][0, rows] = 1
-        self._written = True
-        # One assignment: wherever an interrupt strikes, sums and record both have the batch or both lack it.
-        self._pooled = new, old
+    def write(self, rows: Sequence[int], kept: Summary, loss: Doubles) -> None:
+        held, sums = self._stretch or ([], None)
+        if kept.sums.shape != (len(SUMS), self._n_edges) or set(rows) & set(held):
+            raise ValueError(f"{self.pooled.path} cannot take sums {kept.sums.shape} of rows {rows}")
+        super().write(rows, kept, loss)
+        # One assignment: wherever an interrupt strikes, the stretch has both or neither.
+        self._stretch = [*held, *rows], kept.sums if sums is None else sums + kept.sums
 
-    def commit(self) -> None:
-        self._moments.sync()
-        self._counts.sync()
-        write_array(self._record.path, self._pooled[0])
-        self._written = False
+    def close_stretch(self, number: int) -> None:
+        """Add the sums of what was written, and committed, since the last one: its samples are done then."""
+        if self._stretch is not None:
+            rows, sums = self._stretch
+            self._stretch = None
+            self.pooled.add(number, rows, sums)
+
+    def drop_stretch(self) -> None:
+        """Forget the sums of what was written since the last one: none of its samples is done."""
+        self._stretch = None
+
+    def finish(self) -> None:
+        self.pooled.fold()
+
+    def check(self) -> None:
+        super().check()
+        self.pooled.check()
 
     def read(self) -> Statistics:
         """What is known by now, of the samples that are done."""
-        pooled = self._record.map()[0]
+        sums, done = self.pooled.read()
         return Statistics(
             graph=self._graph,
             histogram=self._histogram,
-            done=pooled["done"] == 1,
+            done=done == 1,
             moments=self._moments.map(),
             counts=self._counts.map(),
-            sums=np.array(pooled["sums"]),
+            sums=sums,
         )
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run of any kind keeps, its record first: without one it has not begun."""
+    record = [folder / "done.npy", folder / "pooled.npy"]
+    for path in (*record, *folder.glob("pooled-*-*.npy"), folder / ".pooling"):
+        path.unlink(missing_ok=True)
+    for name in _ARRAYS:
+        (folder / f"{name}.npy").unlink(missing_ok=True)
+
+
+def checksums(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint32]:
+    """[B]: the CRC-32 of each sample's entries, one array [B, …] after the other."""
+    found = np.zeros(len(parts[0]), np.uint32)
+    for part in map(np.ascontiguousarray, parts):
+        for row in range(len(found)):
+            found[row] = zlib.crc32(part[row : row + 1].view(np.uint8).data, int(found[row]))
+    return found

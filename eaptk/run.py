@@ -185,7 +185,9 @@ def _score_rows(
     row_dtype = getattr(torch, writer.manifest["row_dtype"])
     started = sum(lengths) - sum(lengths[row] for batch in left for row in batch)
     with progress_bar("scoring", sum(lengths), started, progress) as advance:
-        for rows in left:
+        for number, rows in enumerate(plan):
+            if done[rows].all():
+                continue
             batch = collate([samples[row] for row in rows])
             try:
                 found = attribute(
@@ -206,6 +208,7 @@ def _score_rows(
                     f"lower tokens_per_batch (now {tokens_per_batch})"
                 ) from error
             writer.write(rows, kept, found.loss.double().numpy())
+            writer.close_stretch(number)
             advance(sum(lengths[row] for row in rows))
 
 

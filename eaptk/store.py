@@ -31,6 +31,7 @@ What makes every moment a safe one to be killed in:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -46,7 +47,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from eaptk.content import FILES, Rows, SampleArray, Summaries
+from eaptk.content import Rows, SampleArray, Summaries, clear
 from eaptk.errors import EaptkError
 from eaptk.files import DAMAGED, differences_between, explained, read_table, whole_file, write_table
 from eaptk.graph import Graph
@@ -54,7 +55,7 @@ from eaptk.journal import append_journal, read_journal
 from eaptk.statistics import Histogram, Statistics, Summary
 from eaptk.sweep import Doubles, weighted_column_sums
 
-SCHEMA = 1
+SCHEMA = 2
 
 #: Keys of the manifest that say who ran it, not what was run: a resume may differ in them.
 _UNMATCHED = ("provenance", "model.id")
@@ -62,8 +63,18 @@ _UNMATCHED = ("provenance", "model.id")
 #: Keys that say nothing of the model's own answers: while no row is done these may change and answers are kept.
 _NO_MATTER_TO_ANSWERS = ("tokens_per_batch", "graph", "ablation", "row_dtype", "metrics_only")
 
+#: Answers of the model's own, before the run begins: those of each process in a file.
+_ANSWERS = "answers{}.jsonl"
+
+#: What a file system says that has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 #: Syncing to disk may take this share of a run's time; rows wait in the page cache until a commit is due.
 _COMMIT_SHARE = 0.05
+
+
+#: What is kept of a batch; see `RunWriter.write`.
+Entries = npt.NDArray[Any] | Mapping[str, npt.NDArray[Any]] | Summary
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Run:
                 f"run {self.path} keeps no rows, only statistics for metrics; "
                 f"score it again without metrics-only, into another folder"
             )
-        return self._content.read()
+        return self._content.read()["scores"]
 
     @property
     def histogram(self) -> Histogram | None:
@@ -178,47 +189,65 @@ class Run:
 
 
 class RunWriter:
-    """A run directory, opened for writing by this process alone.
+    """A run directory, opened for writing by this process, alone or with others of the same job.
 
         with RunWriter(path, manifest) as writer:
             if not writer.begun:
                 writer.begin(samples)
-            writer.write(rows, entries, loss)       # any number of times
+            for number, stretch in enumerate(stretches):
+                for rows in stretch:
+                    writer.write(rows, entries, loss)
+                writer.close_stretch(number)
             writer.finish()
 
     Leaving the context commits what was written, after an error too.
 
+    Of several processes one *leads*: it lays the run out, begins and finishes it. The others open it once the lead
+    has (its ``with`` entered), and write when it has begun. Each writes other rows and closes other stretches, in
+    any order and number; every file ends with the same bytes. They may run on several machines if the folder's file
+    system keeps locks between them, and if what one process syncs another sees that opens the file anew: NFS from
+    version 3 and Lustre mounted with ``flock`` do.
+
     Args:
         path: the directory; made if it is not there.
-        manifest: what is to be run, without ``schema``. Keys the store reads: ``graph``, ``row_dtype``,
-            ``dataset.samples`` and, for a run that keeps no rows, ``metrics_only``: its histogram.
+        manifest: what is to be run, without ``schema``. Keys the store reads: ``graph``, ``dataset.samples`` and
+            those of `Keep.to_dict`.
+        lead: whether this process leads, as one alone does.
+        rank: number of this process, which tells its answers from those of others.
+        job: what tells the processes of this job from those of others; the same for all of it. Without it a process
+            that does not lead may join a job started in between, of the same manifest.
 
     Raises:
-        EaptkError: another process is writing the run; the directory holds finished rows of a run with
+        EaptkError: a process of another job is writing the run; the directory holds finished rows of a run with
             another manifest, generated answers that another manifest would not give, or files that are no
-            run; the disk is too small or read-only; a file is damaged.
+            run; the disk is too small or read-only; a file is damaged. A process that does not lead finds no
+            run, or one of another manifest or job.
     """
 
-    def __init__(self, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        manifest: Mapping[str, Any],
+        *,
+        lead: bool = True,
+        rank: int = 0,
+        job: str = "",
+    ) -> None:
         self.path = Path(path)
         self.manifest = {"schema": SCHEMA, **manifest}
+        self.lead, self._rank, self._job = lead, rank, job
         self.graph, self.n_samples, self._content = _layout(self.path, self.manifest)
         self._loss = _losses(self.path, self.n_samples)
         self._open_files = contextlib.ExitStack()
+        self._is_open = self._written = False
         self._commit_due = 0.0
 
     def __enter__(self) -> RunWriter:
         try:
-            with explained(self.path):
-                self._refuse_foreign_files()
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock()
-            stored = _read_manifest(self.path)
-            differences = {} if stored is None else differences_between(stored, self.manifest, _UNMATCHED)
-            if stored is not None and differences:
-                self._refuse_to_lose(stored, differences)
-            if stored is None or differences or not self.begun:
-                self._create()
+            if self.lead:
+                self._prepare()
+            else:
+                self._join()
             if self.begun:
                 self._open_arrays()
         except BaseException:
@@ -241,61 +270,90 @@ class RunWriter:
 
     @property
     def done(self) -> npt.NDArray[np.bool_]:
-        """[n_samples]: rows that are committed."""
+        """[n_samples]: rows that are committed, by any process."""
         return self._content.done == 1
 
     def answers(self) -> dict[int, list[int]]:
-        """Answers kept so far by `keep_answers`: row to token ids."""
-        return read_journal(self.path / "answers.jsonl")
+        """Answers kept so far by `keep_answers`, of any process: row to token ids."""
+        return {
+            row: tokens
+            for path in sorted(self.path.glob(_ANSWERS.format("*")))
+            for row, tokens in read_journal(path).items()
+        }
 
     def keep_answers(self, answers: Mapping[int, Sequence[int]]) -> None:
         """Make generated answers durable before the run begins, so that a resume need not repeat them."""
         with explained(self.path):
-            append_journal(self.path / "answers.jsonl", answers)
+            append_journal(self.path / _ANSWERS.format(f"-{self._rank}" if self._rank else ""), answers)
 
     def begin(self, samples: pa.Table) -> None:
-        """Fix the samples; from here on rows may be written."""
+        """Fix the samples; from here on rows may be written. For the lead."""
         with explained(self.path):
             write_table(self.path / "samples.parquet", samples)
             self._content.begin()
         self._open_arrays()
 
-    def write(self, rows: Sequence[int], entries: npt.NDArray[Any] | Summary, loss: Doubles) -> None:
-        """Write what is kept of finished rows; they count as done from the next commit on.
+    def write(self, rows: Sequence[int], entries: Entries, loss: Doubles) -> None:
+        """Write what is kept of finished rows. They count as done from the next commit on; where sums over samples
+        are kept, from the commit that closes their stretch.
 
         Args:
-            rows: [B] row numbers. For a run without rows the order of batches is that of its sums: the same
-                again gives the same bytes.
-            entries: the rows' scores [B, n_edges], of the run's row dtype; or a summary of them, for a run
-                without rows.
+            rows: [B] row numbers.
+            entries: the rows' scores [B, n_columns], of the run's row dtype; several arrays by name, where a run
+                keeps several; or a summary of the rows, where it keeps none.
             loss: [B].
 
         Raises:
             ValueError: `entries` or `loss` are not what is kept of so many samples.
         """
+        if not self._is_open:
+            self._open_arrays()
+        self._loss.expect(rows, loss)
         with explained(self.path):
+            self._content.write(rows, entries, loss)  # type: ignore[arg-type]
             self._loss.write(rows, loss)
-            self._content.write(rows, entries)  # type: ignore[arg-type]
+        self._written = True
         if time.monotonic() >= self._commit_due:
             self.commit()
 
+    def close_stretch(self, number: int) -> None:
+        """All rows of this stretch, consecutive batches of the run's plan, have been written by this process.
+
+        Sums over samples are taken a stretch at a time, so their bytes depend on how the plan is cut into stretches
+        and on how these are numbered, from 0 without a gap, and on nothing else. A stretch that is not closed is
+        not done, nor is any of its samples.
+
+        Raises:
+            ValueError: where sums are kept, the stretch or one of its samples is in them.
+        """
+        if isinstance(self._content, Summaries):
+            self.commit()
+            with explained(self.path):
+                self._content.close_stretch(number)
+
     def commit(self) -> None:
         """Sync what was written to disk, then mark it done."""
-        if not self._content.pending:
+        if not self._written:
             return
         started = time.monotonic()
         with explained(self.path):
             self._loss.sync()
             self._content.commit()
+        self._written = False
         finished = time.monotonic()
         self._commit_due = finished + (finished - started) / _COMMIT_SHARE
 
     def finish(self) -> None:
-        """Commit, and fold the losses into samples.parquet. Every row must have been written."""
+        """Commit, and leave the files of a complete run. For the lead, when all rows are written and no other process
+        writes any more.
+        """
         self.commit()
         if not self.done.all():
             raise ValueError(f"{(~self.done).sum()} rows of {self.path} were never written")
-        (self.path / "answers.jsonl").unlink(missing_ok=True)
+        with explained(self.path):
+            self._content.finish()
+            for answers in self.path.glob(_ANSWERS.format("*")):
+                answers.unlink(missing_ok=True)
         if self._loss.path.exists():
             loss = np.array(self._loss.map())
             table = read_table(self.path / "samples.parquet")
@@ -305,15 +363,68 @@ class RunWriter:
                 write_table(self.path / "samples.parquet", table.append_column("loss", pa.array(loss)))
                 self._loss.path.unlink()
 
-    def _lock(self) -> None:
+    def _prepare(self) -> None:
+        """Lay the run out, or see that it is the same one, while no other process may as much as open it."""
+        with explained(self.path):
+            self._refuse_foreign_files()
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._lock(fcntl.LOCK_EX)
+        stored = _read_manifest(self.path)
+        differences = {} if stored is None else differences_between(stored, self.manifest, _UNMATCHED)
+        if stored is not None and differences:
+            self._refuse_to_lose(stored, differences)
+        if stored is None or differences or not self.begun:
+            self._create()
+        with explained(self.path):
+            # Not unless it is another: a run that is complete is left as it is.
+            if os.pread(lock, 4096, 0) != self._job.encode():
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, self._job.encode(), 0)
+            self._hold(lock, fcntl.LOCK_SH)
+
+    def _join(self) -> None:
+        """See that the run is the one that the lead laid out."""
+        if not self.path.is_dir():
+            raise EaptkError(f"there is no run {self.path} to write rows of; the process that leads makes it")
+        with explained(self.path):
+            lock = self._lock(fcntl.LOCK_SH)
+            job = os.pread(lock, 4096, 0).decode(errors="replace")
+        stored = _read_manifest(self.path)
+        if stored is None:
+            raise EaptkError(f"there is no run {self.path} to write rows of; the process that leads makes it")
+        differences = differences_between(stored, self.manifest, _UNMATCHED)
+        if differences:
+            raise EaptkError(
+                f"this process would write other rows of run {self.path} than the one that leads: "
+                f"{'; '.join(differences.values())}; give all processes the same model, data and options"
+            )
+        if job != self._job:
+            raise self._busy()
+
+    def _lock(self, how: int) -> int:
+        """Hold the run, until the writer closes: alone (LOCK_EX), or with other processes of the job (LOCK_SH)."""
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         self._open_files.callback(os.close, lock)
+        self._hold(lock, how)
+        return lock
+
+    def _hold(self, lock: int, how: int) -> None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
+            raise self._busy() from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
             raise EaptkError(
-                f"another process is writing run {self.path}; wait for it, or choose another folder"
-            ) from None
+                f"the file system of {self.path} keeps no locks, so two jobs could write one run; mount it with "
+                f"them (Lustre: -o flock), or score on a local disk and copy the run"
+            ) from error
+
+    def _busy(self) -> EaptkError:
+        return EaptkError(
+            f"another process is writing run {self.path}; wait for it, or choose another folder"
+        )
 
     def _refuse_foreign_files(self) -> None:
         if not self.path.is_dir():
@@ -342,7 +453,8 @@ class RunWriter:
     def _create(self) -> None:
         """Lay out a run with no rows. What is there holds no finished row, so all but answers may go."""
         with explained(self.path):
-            for name in (*FILES, "loss.npy", "means.safetensors", "samples.parquet"):
+            clear(self.path)
+            for name in ("loss.npy", "means.safetensors", "samples.parquet"):
                 (self.path / name).unlink(missing_ok=True)
             with contextlib.ExitStack() as files:
                 for array in (*self._content.arrays, self._loss):
@@ -355,8 +467,9 @@ class RunWriter:
     def _open_arrays(self) -> None:
         with explained(self.path):
             self._content.open(self._open_files)
-            if not self.done.all():
+            if self._loss.path.exists() or not self.done.all():
                 self._loss.open(self._open_files)
+        self._is_open = True
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -389,8 +502,8 @@ def _layout(path: Path, manifest: Mapping[str, Any]) -> tuple[Graph, int, Rows |
     graph, n_samples = Graph.from_dict(manifest["graph"]), int(manifest["dataset"]["samples"])
     dtype, histogram = np.dtype(manifest["row_dtype"]), _histogram(manifest)
     if histogram is None:
-        return graph, n_samples, Rows(path, graph, n_samples, dtype)
-    return graph, n_samples, Summaries(path, graph, n_samples, histogram)
+        return graph, n_samples, Rows(path, n_samples, {"scores": (graph.n_edges, dtype)})
+    return graph, n_samples, Summaries(path, n_samples, graph, histogram, graph.n_edges)
 
 
 def _histogram(manifest: Mapping[str, Any]) -> Histogram | None:

@@ -64,10 +64,10 @@ def write_run(path: Path | str) -> None:
     with RunWriter(path, manifest()) as writer:
         if not writer.begun:
             writer.begin(samples())
-        for rows in BATCHES:
+        for number, rows in enumerate(BATCHES):
             if not writer.done[rows].all():
                 writer.write(rows, summary(SCORES[rows]), LOSS[rows])
-                writer.commit()
+                writer.close_stretch(number)
         writer.finish()
 
 
@@ -81,6 +81,7 @@ def make_run(
         for i in range(n):
             kept = scores[[i]] if histogram is None else summary(scores[[i]], graph, histogram)
             writer.write([i], kept, np.array([np.abs(scores[i]).max()], dtype=np.float64))
+            writer.close_stretch(i)
         writer.finish()
     return Run.open(path)
 
@@ -94,7 +95,7 @@ def fill_disk_and_go_on(path: str) -> None:
         with RunWriter(path, manifest()) as writer:
             writer.begin(samples())
             writer.write(BATCHES[0], summary(SCORES[BATCHES[0]]), LOSS[BATCHES[0]])
-            writer.commit()
+            writer.close_stretch(0)
             with open(filler, "wb", buffering=0) as file:
                 while file.write(b"\0" * 512):
                     pass

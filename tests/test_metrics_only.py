@@ -121,6 +121,7 @@ def test_a_kernel_that_was_named_and_cannot_run_is_one_line(monkeypatch: pytest.
 def test_the_files_need_no_eaptk(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", SCORES).path
     names = {
+        "checksums.npy",
         "edges.parquet",
         "histogram.npy",
         "manifest.json",
@@ -150,9 +151,9 @@ def test_the_size_of_a_run_grows_by_the_same_for_any_graph(tmp_path: Path) -> No
 def test_a_growing_run_is_measured_by_its_finished_samples(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run", manifest()) as writer:
         writer.begin(samples())
-        for rows in BATCHES[:2]:
+        for number, rows in enumerate(BATCHES[:2]):
             writer.write(rows, summary(SCORES[rows]), LOSS[rows])
-        writer.commit()
+            writer.close_stretch(number)
         writer.write(BATCHES[2], summary(SCORES[BATCHES[2]]), LOSS[BATCHES[2]])
         found = measure(Run.open(tmp_path / "run"))
     assert found.n_unfinished == N - 4
@@ -272,7 +273,7 @@ def test_the_command_killed_again_and_again_ends_with_the_same_bytes(
         return ["score", *where, *how, "--metrics-only", "--range", "0.5", "--bins", "40"]
 
     def n_done() -> int:
-        return int(np.load(out / "pooled.npy")["done"].sum()) if (out / "pooled.npy").exists() else 0
+        return int(Run.open(out).done.sum()) if (out / "pooled.npy").exists() else 0
 
     code, log = processes.run("processes:eaptk", *command(tmp_path / "whole"), log=tmp_path / "log")
     assert code == 0, log

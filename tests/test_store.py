@@ -67,9 +67,9 @@ def refused(path: Path, **changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_complete_run_is_five_files_that_need_no_eaptk(tmp_path: Path) -> None:
+def test_a_complete_run_is_six_files_that_need_no_eaptk(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
-    names = ["done.npy", "edges.parquet", "manifest.json", "samples.parquet", "scores.npy"]
+    names = ["checksums.npy", "done.npy", "edges.parquet", "manifest.json", "samples.parquet", "scores.npy"]
     assert sorted(file.name for file in (tmp_path / "run").glob("[!.]*")) == names
     assert np.array_equal(np.load(tmp_path / "run/scores.npy", mmap_mode="r"), SCORES)
     assert np.array_equal(np.load(tmp_path / "run/done.npy"), np.ones(N, dtype=np.uint8))
@@ -139,16 +139,17 @@ def test_a_row_is_on_disk_before_it_is_marked_done(tmp_path: Path, monkeypatch: 
 
         return wrapper
 
-    for name in ("pwrite", "fdatasync"):
-        monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
     with RunWriter(tmp_path / "run", manifest()) as writer:
         writer.begin(SAMPLES)
+        for name in ("pwrite", "fdatasync"):
+            monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
         writer.write([1, 2], SCORES[[1, 2]], LOSS[[1, 2]])
         writer.commit()
     assert calls == [
-        *["pwrite loss.npy"] * 2,
         *["pwrite scores.npy"] * 2,
-        *["fdatasync loss.npy", "fdatasync scores.npy"],
+        *["pwrite checksums.npy"] * 2,
+        *["pwrite loss.npy"] * 2,
+        *["fdatasync loss.npy", "fdatasync scores.npy", "fdatasync checksums.npy"],
         *["pwrite done.npy"] * 2,
         "fdatasync done.npy",
     ]
