@@ -19,7 +19,7 @@ from eaptk.errors import EaptkError
 NO_TARGET = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One prompt with its answer, as token ids.
 

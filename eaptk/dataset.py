@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,14 @@ import pyarrow.parquet as pq
 
 from eaptk.batch import Sample
 from eaptk.errors import EaptkError
-from eaptk.files import is_meant_as_path
+from eaptk.records import TOO_DEEP, records
 
 #: Most padding of all tokens of a plan.
 PADDING = 0.05
 
 _FIELDS = ("prompt", "answer", "corrupt", "foil")
+#: Fields of a record that become the sample; all others are user columns.
+_USED = {"id", "group", *_FIELDS, *(f"{field}_ids" for field in _FIELDS)}
 #: Columns of samples.parquet that eaptk fills, and that user columns may therefore not be called.
 _FILLED = {
     "id",
@@ -45,8 +48,9 @@ _FILLED = {
     "loss",
     *(f"{field}_ids" for field in _FIELDS),
 }
+#: Characters or token ids, and records, of a block that is tokenised together.
+_BLOCK, _BLOCK_RECORDS = 1 << 20, 1 << 13
 _NO_TEXT = "holds half a surrogate pair, which is no character; remove it, or write the whole character"
-_TOO_DEEP = "is nested too deeply; flatten it"
 
 
 def read_samples(
@@ -81,21 +85,22 @@ def read_samples(
     for option, value in (("cut", cut), ("limit", limit)):
         if value is not None and value < 1:
             raise EaptkError(f"{option} is {value}; it must be at least 1")
-    found = islice(records(source), limit)
+    texts = _Texts(tokenizer, own_answers is not None)
     samples: list[Sample] = []
-    seen: dict[str, str] = {}
-    for where, number, record in found:
+    seen: dict[str, int] = {}
+    for where, number, record in texts.encoded(islice(records(source), limit)):
         if isinstance(record, Sample):
             sample = record if own_answers is None else replace(record, answer_ids=(), foil_ids=None)
         else:
-            sample = _Reader(where, record, tokenizer, own_answers is not None).sample(str(number))
+            sample = _Reader(where, record, texts).sample(str(number))
         _check_text(sample, where)
         if sample.id in seen:
+            other = where.removesuffix(str(number)) + str(seen[sample.id])
             raise EaptkError(
-                f"{where}: id {sample.id!r} is already that of {seen[sample.id]}; ids must be unique, "
+                f"{where}: id {sample.id!r} is already that of {other}; ids must be unique, "
                 f"use `group` to tie samples of one question together"
             )
-        seen[sample.id] = where
+        seen[sample.id] = number
         if clash := _FILLED.intersection(sample.extra):
             raise EaptkError(f"{where}: {min(clash)!r} is a column that eaptk fills itself; rename it")
         _check_tokens(sample, where, vocabulary, own_answers is not None)
@@ -193,103 +198,64 @@ def _parquet_holds(column: pa.Array) -> bool:
     return True
 
 
-def records(source: Any, config: str | None = None) -> Iterator[tuple[str, int, Any]]:
-    """Each record with where it stands, for messages, and its number: from 1 in a JSONL file, else from 0.
+class _Texts:
+    """Token ids of the texts of records, a block of records at a time.
 
-    Args:
-        source: the path of a JSONL or Parquet file; a Hugging Face dataset as an object, a folder that
-            `save_to_disk` or `load_dataset` knows, or a name on the hub (``name`` or ``name:split``); or an
-            iterable of records.
-        config: of a dataset on the hub that has several.
+    A fast tokenizer takes the texts of a block together, and its own threads share them out. That is its affair:
+    ``TOKENIZERS_PARALLELISM=false`` keeps it to one, as does a fork of a process that has tokenised before.
 
-    Raises:
-        EaptkError: nothing to read, or a line that is no object.
+    Equal token ids of all samples are one object: a million samples would otherwise hold as many integers, of
+    28 bytes each, as they have tokens.
     """
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_file() and path.suffix != ".parquet":
-            yield from _json_lines(path)
-            return
-        name = str(source)
-        found = _parquet(path) if path.is_file() else _hugging_face(source, config)
-    else:
-        name, found = "the dataset", source
-        if isinstance(found, Mapping):
-            raise EaptkError(f"the dataset has splits ({', '.join(map(str, found))}); pass one of them")
-        if not isinstance(found, Iterable):
-            raise EaptkError(
-                f"a dataset is a path, a Hugging Face dataset or records, not {type(source).__name__}"
-            )
-    for row, record in enumerate(found):
-        yield f"{name} row {row}", row, record
 
+    def __init__(self, tokenizer: Any, own_answers: bool) -> None:
+        self.tokenizer = tokenizer
+        self.own_answers = own_answers
+        self._encoded: dict[bool, dict[str, Sequence[int]]] = {}
+        self._shared: dict[int, int] = {}
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise EaptkError(f"{path} cannot be read as Parquet ({_line(error)}); write it again") from error
-    return rows
+    def encoded(self, found: Iterable[tuple[str, int, Any]]) -> Iterator[tuple[str, int, Any]]:
+        """The same records, their texts tokenised in advance."""
+        for block in _blocks(found):
+            if getattr(self.tokenizer, "is_fast", False):
+                mappings = [record for _, _, record in block if isinstance(record, Mapping)]
+                self._encode(mappings, ("prompt", "corrupt"), special=True)
+                self._encode(mappings, () if self.own_answers else ("answer", "foil"), special=False)
+            yield from block
 
+    def _encode(self, mappings: Sequence[Mapping[str, Any]], fields: Sequence[str], special: bool) -> None:
+        values = (record.get(field) for record in mappings for field in fields)
+        texts = list(dict.fromkeys(v for v in values if isinstance(v, str) and _is_unicode(v)))
+        ids = self.tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+        self._encoded[special] = dict(zip(texts, ids, strict=True))
 
-def _json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path} line {number}"
-                if line.strip():
-                    yield where, number, _json_object(line.rstrip("\r\n"), where)
-    except UnicodeDecodeError as error:
-        raise EaptkError(
-            f"{path} is not UTF-8 text ({error}); write it as JSONL, one object a line"
-        ) from error
-    except OSError as error:
-        raise EaptkError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise EaptkError(f"{where} is not valid JSON ({problem}); write one object a line") from error
-    except RecursionError:
-        raise EaptkError(f"{where} {_TOO_DEEP}") from None
-    if not isinstance(record, dict):
-        raise EaptkError(f'{where} is not an object; write {{"prompt": …, "answer": …}}')
-    return record
-
-
-def _hugging_face(source: str | Path, config: str | None) -> Any:
-    """A dataset from a local folder or the hub."""
-    name, _, split = str(source).partition(":")
-    on_hub = not is_meant_as_path(name) and not name.endswith((".jsonl", ".json", ".parquet"))
-    if not Path(name).is_dir() and not on_hub:
-        raise EaptkError(f"no such file: {source}; give a JSONL file or a Hugging Face dataset")
-    try:
-        import datasets
-    except ImportError as error:
-        raise EaptkError(
-            f"{source} is no file, and reading it as a Hugging Face dataset needs: pip install datasets"
-        ) from error
-    try:
-        if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
-            found = datasets.load_from_disk(name)
-        else:
-            found = datasets.load_dataset(name, config)
-    except Exception as error:  # the library raises many kinds, all of them about the name or the network
-        raise EaptkError(
-            f"no file, and no Hugging Face dataset that can be read: {source} ({_line(error)})"
-        ) from error
-    if not isinstance(found, Mapping):
+    def ids(self, text: str, special: bool) -> Sequence[int]:
+        found = self._encoded.get(special, {}).get(text)
+        if found is None:
+            found = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return found
-    if not split and len(found) == 1:
-        return next(iter(found.values()))
-    if split not in found:
-        raise EaptkError(
-            f"{name} has splits {', '.join(found)}; name one of them, as in {name}:{next(iter(found))}"
-        )
-    return found[split]
+
+    def shared(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The ids, each as the object that came first."""
+        return tuple(map(self._shared.setdefault, ids, ids))
+
+
+def _blocks(found: Iterable[tuple[str, int, Any]]) -> Iterator[list[tuple[str, int, Any]]]:
+    """Records, some megabytes at a time; an error comes after the records before it, which may have their own."""
+    block: list[tuple[str, int, Any]] = []
+    size = 0
+    try:
+        for entry in found:
+            block.append(entry)
+            if isinstance(entry[2], Mapping):
+                size += sum(len(value) for value in entry[2].values() if isinstance(value, (str, list)))
+            if size >= _BLOCK or len(block) >= _BLOCK_RECORDS:
+                yield block
+                block, size = [], 0
+    except Exception:
+        yield block
+        raise
+    yield block
 
 
 @dataclass(frozen=True)
@@ -298,17 +264,20 @@ class _Reader:
 
     where: str
     record: Any
-    tokenizer: Any
-    own_answers: bool
+    texts: _Texts
 
     def sample(self, default_id: str) -> Sample:
         if not isinstance(self.record, Mapping):
             raise self._error(f"a record is a mapping, not {type(self.record).__name__}")
+        own_answers = self.texts.own_answers
         prompt = self._tokens("prompt", required=True, special=True)
-        answer = () if self.own_answers else self._tokens("answer", required=True)
-        used = {"id", "group"} | {f for field in _FIELDS for f in (field, f"{field}_ids")}
-        extra = {name: value for name, value in self.record.items() if name not in used}
-        if self.own_answers:
+        answer = () if own_answers else self._tokens("answer", required=True)
+        extra = {
+            intern(name) if type(name) is str else name: value
+            for name, value in self.record.items()
+            if name not in _USED
+        }
+        if own_answers:
             given = {"answer": self.record.get("answer"), "given_answer_ids": self.record.get("answer_ids")}
             extra |= {name: value for name, value in given.items() if value is not None}
         identity, group = self.record.get("id"), self.record.get("group")
@@ -318,7 +287,7 @@ class _Reader:
             answer_ids=answer or (),
             group=None if group is None else str(group),
             corrupt_ids=self._tokens("corrupt", special=True),
-            foil_ids=None if self.own_answers else self._tokens("foil"),
+            foil_ids=None if own_answers else self._tokens("foil"),
             extra=extra,
         )
 
@@ -330,24 +299,24 @@ class _Reader:
         if text is not None:
             if not isinstance(text, str):
                 raise self._error(f"{field!r} is {type(text).__name__}, not text")
-            if self.tokenizer is None:
+            if self.texts.tokenizer is None:
                 raise self._error(
                     f"{field!r} is text, but there is no tokenizer; give '{field}_ids', or a tokenizer"
                 )
             if not _is_unicode(text):
                 raise self._error(f"{field!r} {_NO_TEXT}")
-            ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+            ids = self.texts.ids(text, special)
         elif ids is None:
             if required and not self.record.keys().isdisjoint((field, f"{field}_ids")):
                 raise self._error(f"its {field!r} is null; give text, or token ids as '{field}_ids'")
             if required:
                 raise self._error(f"it has no {field!r} (nor '{field}_ids'){self._guess(field)}")
             return None
-        elif not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
+        elif not isinstance(ids, Sequence) or not set(map(type, ids)) <= {int}:
             raise self._error(f"'{field}_ids' is not a list of whole numbers")
         if not ids:
             raise self._error(f"its {field} is empty; every {field} needs at least one token")
-        return tuple(ids)
+        return self.texts.shared(ids)
 
     def _guess(self, field: str) -> str:
         close = difflib.get_close_matches(field, map(str, self.record), n=1)
@@ -372,13 +341,17 @@ def _check_text(sample: Sample, where: str) -> None:
             )
         try:
             # As deep as the lines by which a run knows its dataset.
-            content = json.dumps([[name, value]], ensure_ascii=False, default=str)
+            content = name + value if type(value) is str else _as_json([[name, value]])
         except RecursionError:
-            raise EaptkError(f"{where}: {name!r} {_TOO_DEEP}") from None
+            raise EaptkError(f"{where}: {name!r} {TOO_DEEP}") from None
         except (TypeError, ValueError) as error:  # keys that are no text, an object within itself
             raise EaptkError(f"{where}: {name!r} cannot be kept ({error}); leave it out") from error
         if not _is_unicode(content):
             raise EaptkError(f"{where}: {name!a} {_NO_TEXT}")
+
+
+#: One encoder for all: `json.dumps` makes one for every call.
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def _is_unicode(text: str) -> bool:
@@ -423,13 +396,10 @@ def _check_tokens(sample: Sample, where: str, vocabulary: int | None, own_answer
     if vocabulary is None:
         return
     for field in ("prompt_ids", "answer_ids", "corrupt_ids", "foil_ids"):
-        bad = [token for token in getattr(sample, field) or () if not 0 <= token < vocabulary]
-        if bad:
+        ids = getattr(sample, field)
+        if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
+            bad = next(token for token in ids if not 0 <= token < vocabulary)
             raise EaptkError(
-                f"{where}: token {bad[0]} of {field} is not in the model's vocabulary of {vocabulary}; "
+                f"{where}: token {bad} of {field} is not in the model's vocabulary of {vocabulary}; "
                 f"use the tokenizer that belongs to the model"
             )
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from eaptk.dataset import records
 from eaptk.errors import EaptkError
+from eaptk.records import records
 
 #: What the fields of a record may be called where nobody says so; the first that is there is taken.
 _QUESTION_FIELDS = ("question", "problem", "prompt")
@@ -49,7 +49,7 @@ class QuestionSet:
     """Where questions come from.
 
     Args:
-        source: what `eaptk.dataset.records` reads.
+        source: what `eaptk.records.records` reads.
         config: of a dataset on the hub that has several.
         question, reference, id: fields of a record; None: the usual names are tried, and the id is the
             record's number where there is none.
@@ -82,7 +82,7 @@ def read_questions(source: str | os.PathLike[str] | QuestionSet | Any) -> list[Q
     """Questions in the order of their source.
 
     Args:
-        source: the name of a ready-made set, a `QuestionSet`, or what `eaptk.dataset.records` reads.
+        source: the name of a ready-made set, a `QuestionSet`, or what `eaptk.records.records` reads.
 
     Raises:
         EaptkError: nothing to read; a record without question or reference; an id given twice.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from checkpoints import make_tokenizer, write_jsonl
+from checkpoints import make_records, make_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +70,39 @@ def test_a_file_a_dataset_and_records_give_the_same_samples(
         expected,
     ):
         assert read_samples(source, make_tokenizer()) == expected
+
+
+def one_at_a_time(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    """A tokenizer that is not fast, and that takes one text."""
+    assert isinstance(text, str)
+    return {"input_ids": make_tokenizer()(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+
+def test_texts_tokenised_together_have_the_tokens_they_have_alone() -> None:
+    records = [*make_records(50), {**TEXT, "id": "ß", "prompt": "w1 ß 💡 w2\n", "answer": "<s> w3 </s>"}]
+    assert read_samples(records, make_tokenizer()) == read_samples(records, one_at_a_time)
+
+
+def test_records_of_many_blocks_are_as_of_one() -> None:
+    records = [{**TEXT, "id": i, "prompt": f"w{i % 29} w{i % 7}"} for i in range(20_000)]
+    read = read_samples(iter(records), make_tokenizer())
+    assert [s.id for s in read] == [str(i) for i in range(20_000)]
+    assert [s.prompt_ids for s in read] == [(0, 3 + i % 29, 3 + i % 7) for i in range(20_000)]
+
+
+def test_a_process_forked_after_tokenising_reads_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = make_records(50)
+    expected = read_samples(records, make_tokenizer())
+    if not (child := os.fork()):
+        os._exit(read_samples(records, make_tokenizer()) != expected)
+    assert os.waitpid(child, 0) == (child, 0)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert read_samples(records, make_tokenizer()) == expected
+
+
+def test_equal_tokens_are_held_once(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", [{**TOKENS, "id": i, "answer_ids": [9000]} for i in range(9)])
+    assert len({id(token) for sample in read_samples(file) for token in sample.answer_ids}) == 1
 
 
 def test_a_split_is_named_after_the_dataset(tmp_path: Path) -> None:
@@ -190,6 +224,22 @@ def test_a_bad_line_is_named_with_its_remedy(tmp_path: Path, line: str, message:
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(TEXT) + "\n" + line + "\n")
     assert f"{file} {message}" in refused(file, context=8, vocabulary=32)
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "message"),
+    [
+        ('{"prompt": "w1", "answer": ""}', "no JSON", "line 2: its answer is empty"),
+        ('{"prompt": "w1", "answer": ""}', '{"prompt": "w1"}', "line 2: its answer is empty"),
+        ('{"prompt": "w1"}', '{"prompt": "w1", "answer": ""}', "line 2: it has no 'answer'"),
+        ('{"prompt": "w1", "answer": "w2"}', "no JSON", "line 3 is not valid JSON"),
+    ],
+)
+def test_of_several_bad_lines_the_first_is_named(
+    tmp_path: Path, second: str, third: str, message: str
+) -> None:
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(TEXT)}\n{second}\n{third}\n")
+    assert f"{tmp_path / 'data.jsonl'} {message}" in refused(tmp_path / "data.jsonl")
 
 
 def test_the_longest_sequence_that_fits_is_taken() -> None:

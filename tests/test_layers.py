@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "kernels", "pipeline", "progress", "_native"},
     {"architecture", "cards", "files", "journal", "sweep", "weights"},
-    {"graph", "loading"},
+    {"graph", "loading", "records"},
     {"shards", "statistics"},
     {"keep", "kept"},
     {"pooled"},
