@@ -205,13 +205,13 @@ def kernel_errors(gates: Gates, of: Shape, tokens: int) -> None:
 
                 # float32 sums in another order; 16 bits of what is computed in float32 first.
                 allowance = 2.0**-20 if dtype == torch.float32 else 2.0**-16
-                if granularity == "head" and dtype != torch.float32:
+                if granularity == "head" and dtype == torch.float16:
                     allowance = torch.finfo(dtype).eps / 8  # expanded rows are rounded, by plain PyTorch too
                 gates.check(
                     f"error, {granularity}, {str(dtype).removeprefix('torch.')}"
                     f"{', LayerNorm' * centred}{', patched' * patched}",
                     error(contract(*given, [tokens], backend="triton")),
-                    error(plain(*given)) + allowance,
+                    min(1e-3, error(plain(*given)) + allowance),
                 )
 
     rows = torch.randn(3, 1000, device=DEVICE)

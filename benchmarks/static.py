@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import record
-from eaptk.kernels import block, expand, head, norm, reduction, row_kernels, tuning
+from eaptk.kernels import block, expand, head, norm, reduction, row_kernels, scale, tuning
 from eaptk.kernels.tables import TRITON_DTYPES
 from eaptk.kernels.target import Target
 
@@ -64,7 +65,19 @@ MULTIPLES = (
 )
 FLOATS = {"statistics": "*fp32", "partials": "*fp32", "eps": "*fp32", "scores": "*fp32"}
 TABLES = {"table": "*i64", "sources": "*i64", "destinations": "*i64"}
-INDICES = dict.fromkeys(("tiles", "pieces", "indices", "lengths", "first_piece"), "*i32")
+INDICES = dict.fromkeys(
+    (
+        "tiles",
+        "pieces",
+        "indices",
+        "lengths",
+        "first_piece",
+        "exponents",
+        "gradient_exponents",
+        "written_exponents",
+    ),
+    "*i32",
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,7 @@ def _of_dtype(dtype: torch.dtype, target: Target) -> Iterator[Configuration]:
             yield Configuration(
                 f"{kind} {name}", block._block_kernel, constants, config.warps, {}, tensor, True
             )
+    scratch = tl.float16 if tensor else triton_dtype
     common = {"DTYPE": triton_dtype, "CENTRED": True, "ALIGNED": True}
     yield Configuration(
         f"norm {name}",
@@ -162,31 +176,40 @@ def _of_dtype(dtype: torch.dtype, target: Target) -> Iterator[Configuration]:
         ("destination beside patch", True, False, "weight_stride_d"),
     ):
         tile = tuning.expand_config(dtype, kind.endswith("patch"), target)
-        constants = {
+        common = {
             "DTYPE": triton_dtype,
             "OTHER_DTYPE": triton_dtype,
             "PATCHED": patched,
             "NORMED": normed,
             "ALIGNED": True,
+            stride: 1,
+        }
+        if tensor:
+            constants = {**common, "BLOCK_T": scale.BLOCK_T, "BLOCK_K": scale.BLOCK_K}
+            yield Configuration(f"scale {kind} {name}", scale._scale_kernel, constants, 4, {}, False, True)
+        constants = {
+            **common,
+            "OUT_DTYPE": scratch,
+            "SCALED": tensor,
             "BLOCK_T": tile.block_t,
             "BLOCK_C": tile.block_c,
             "BLOCK_H": tile.block_h,
-            stride: 1,
         }
-        pointers = {"out": f"*{triton_dtype}"}
+        pointers = {"out": f"*{scratch}"}
         yield Configuration(
             f"expand {kind} {name}", expand._expand_kernel, constants, tile.warps, pointers, tensor, True
         )
     config_head = tuning.head_config(dtype, target)
     for width in config_head.widths:
         constants = {
+            "SCALED": tensor,
             "FIRST": False,
             "BLOCK_D": config_head.block_d,
             "BLOCK_S": width,
             "BLOCK_K": config_head.block_k,
             "STAGES": config_head.stages,
         }
-        pointers = {"gradients": f"*{triton_dtype}", "written": f"*{triton_dtype}"}
+        pointers = {"gradients": f"*{scratch}", "written": f"*{scratch}"}
         yield Configuration(
             f"head x{width} {name}", head._head_kernel, constants, config_head.warps, pointers, tensor, True
         )

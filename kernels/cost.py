@@ -66,9 +66,10 @@ class HeadCost:
     """FLOPs of each part: expansions of both sides, the norms' statistics, and the contraction.
 
     Args:
-        memory: bytes from and to device memory: operands for each chunk, scratch written once and read once (tiles of
-            one split share their rows through the L2), partial sums read and written for each chunk.
-        launches: of kernels, the norms' statistics apart.
+        memory: bytes from and to device memory: operands once for the rows' scales and again for each chunk, scratch
+            written once and read once (tiles of one split share their rows through the L2), partial sums read and
+            written for each chunk.
+        launches: of kernels, the norms' statistics and the rows' scales apart.
     """
 
     expansion: int
@@ -111,5 +112,8 @@ def head_cost(
         tokens = cdiv(length, projection.block_t) * projection.block_t
         columns = cdiv(width, projection.block_k) * projection.block_k
         statistics += 2 * destination_heads * tokens * columns * projection.block_h
+        if dtype != torch.float32:
+            scaled = heads * head_dim * (length + width) + (rows - heads) * length * width
+            memory += scaled * dtype.itemsize
         launches += len(lists)
     return HeadCost(expanded, statistics, contracted, memory, launches)

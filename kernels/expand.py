@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .operands import Destination, Source
-from .products import dot, narrow
+from .products import dot, narrow, power
 from .tables import COLUMNS, TRITON_DTYPES, Table
 from .tuning import ExpandConfig
 
@@ -27,6 +27,7 @@ def _expand_kernel(
     table,  # [n_rows, COLUMNS] int64
     indices,  # [n_group] int32, which rows to do
     statistics,  # [n_rows, 3, B, T] float32, read by destinations behind a norm
+    exponents,  # [n_rows, B] int32, read where rows are scaled
     out,  # [n_rows, row_size]: of each row [tokens, columns] is written
     sample,
     start,  # first token
@@ -42,6 +43,8 @@ def _expand_kernel(
     plane,  # B·T
     DTYPE: tl.constexpr,
     OTHER_DTYPE: tl.constexpr,
+    OUT_DTYPE: tl.constexpr,
+    SCALED: tl.constexpr,
     PATCHED: tl.constexpr,
     NORMED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -114,7 +117,9 @@ def _expand_kernel(
         e = tl.load(rho_at + 2 * plane, mask=n_mask, other=0.0)
         acc = rho * acc - c * x + e
     here = out + row * row_size + place.to(tl.int64)[:, None] * columns + lane[None, :]
-    kept = narrow(tl.where(c_mask, acc, 0.0), DTYPE)
+    if SCALED:
+        acc *= power(tl.load(exponents + row * (plane // n_tokens) + sample))
+    kept = narrow(tl.where(c_mask, acc, 0.0), OUT_DTYPE)
     tl.store(here, kept, mask=t_mask & (lane < columns)[None, :])
 
 
@@ -155,6 +160,7 @@ class Side:
     Args:
         rows: the table on the device.
         statistics: `norm.norm_statistics` of destinations, or None.
+        exponents: [n_rows, B] int32, by what power of two each row is scaled (`scale`), or None.
     """
 
     table: Table
@@ -162,6 +168,12 @@ class Side:
     groups: list[Group]
     patched: bool
     statistics: Tensor | None
+    exponents: Tensor | None = None
+
+    @property
+    def scratch(self) -> torch.dtype:
+        """What expanded rows are narrowed to: float16 has more digits than bfloat16, but holds scaled numbers alone."""
+        return self.table.dtype if self.exponents is None else torch.float16
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,7 @@ def chunks(sample: int, length: int, tokens: int, width: int, columns: int) -> I
 def expand(
     side: Side, chunk: Chunk, out: Tensor, lead: tuple[int, int], width: int, config: ExpandConfig
 ) -> None:
-    """Write [tokens, columns] of every row to out [n_rows, row_size]; `lead` is (B, T)."""
+    """Write [tokens, columns] of every row to out [n_rows, row_size] of dtype `side.scratch`; `lead` is (B, T)."""
     for group in side.groups:
         grid = (
             triton.cdiv(chunk.columns, config.block_c),
@@ -196,6 +208,7 @@ def expand(
             side.rows,
             group.indices,
             out if side.statistics is None else side.statistics,
+            out if side.exponents is None else side.exponents,
             out,
             chunk.sample,
             chunk.start,
@@ -211,6 +224,8 @@ def expand(
             lead[0] * lead[1],
             DTYPE=TRITON_DTYPES[side.table.dtype],
             OTHER_DTYPE=TRITON_DTYPES[side.table.other_dtype],
+            OUT_DTYPE=TRITON_DTYPES[out.dtype],
+            SCALED=side.exponents is not None,
             PATCHED=side.patched,
             NORMED=side.statistics is not None,
             ALIGNED=side.table.aligned,

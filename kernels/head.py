@@ -1,19 +1,19 @@
 """Head-level contraction on the GPU: expand a chunk of every row into bounded scratch, contract it, go on.
 
 A chunk is some tokens × some columns of D (`tiles.head_plan`). Per chunk, every source and destination row is
-expanded once on tensor cores (`expand`), then each tile of S that holds an edge adds its product over the chunk to
-its own float32 partial sums: K = tokens·columns of the chunk, in splits of about 4096. At the end partials are
-summed in order (`reduction`). One stream and no atomics: the same bits each time. Chunks and splits depend on the
-sample's length and the number of sources alone, so a row depends neither on the batch nor on how destinations are
-split among calls.
+expanded once on tensor cores (`expand`; half precision is scaled to fit float16, see `scale`), then each tile of S
+that holds an edge adds its product over the chunk to its own float32 partial sums: K = tokens·columns of the chunk,
+in splits of about 4096. At the end partials are summed in order (`reduction`). One stream and no atomics: the same
+bits each time. Chunks, splits and scales depend on the sample itself and the number of sources alone, so a row
+depends neither on the batch nor on how destinations are split among calls.
 
 FLOPs a token (n_s, n_d rows, H rows that come as heads, E edges):
     expansion 2·D·head_dim·H, statistics 2·D·head_dim·(destination H), contraction 2·D·(area of the tiles ≥ E).
 Bytes: z, g and streams are read D/columns times, weights T/tokens times; scratch is written once, and read by the
 tiles of a split side by side; partial sums are read and written once a chunk. The scratch lies in device memory: a
 chunk that an L2 of 50 MB held whole would be 64 × 96 at the 7B shape of Qwen2.5 in bfloat16, and read weights and
-heads more often than that saves: 22 GB for 512 tokens, against 6.3 GB and 14 GB of scratch in chunks of 256 × 256.
-`cost.head_cost` counts both.
+heads more often than that saves: 22 GB for 512 tokens, against 6.3 GB and 14 GB of scratch in chunks of 256 × 256, and
+2 GB for the scales. `cost.head_cost` counts all of it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from torch import Tensor
 from .expand import Chunk, Side, chunks, expand, groups
 from .norm import norm_statistics
 from .operands import Destination, Source
-from .products import dot
+from .products import dot, power
 from .reduction import reduce
 from .reference import read_by
+from .scale import scaled
 from .tables import destination_table, n_edges, operand_dtype, row_reach, source_table
 from .target import current
 from .tiles import HeadPlan, head_plan, tiles
 from .tuning import ExpandConfig, HeadConfig, expand_config, head_config
 
 
-@triton.jit(do_not_specialize=["n_destinations", "n_sources"])  # see products
+@triton.jit(do_not_specialize=["n_destinations", "n_sources", "sample", "n_samples"])  # see products
 def _head_kernel(
     gradients,  # [n_destinations, row_size]
     written,  # [n_sources, row_size]
+    gradient_exponents,  # [n_destinations, B] int32, read where rows are scaled
+    written_exponents,  # [n_sources, B] int32
     tiles,  # [n_tiles, 2] int32: first destination row (may be negative), first source row
     partials,  # [n_splits, n_tiles, BLOCK_D, BLOCK_S] float32
     n_destinations,
@@ -49,6 +52,9 @@ def _head_kernel(
     row_size,
     inner,  # leading elements of a row that count
     part,  # of them, how many one split sums
+    sample,
+    n_samples,  # B
+    SCALED: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -70,6 +76,10 @@ def _head_kernel(
         g = tl.load(g_base + k, mask=d_mask & (k < inner), other=0.0)
         o = tl.load(o_base + k, mask=s_mask & (k < inner), other=0.0)
         acc = dot(g, tl.trans(o), acc)
+    if SCALED:
+        down_d = tl.load(gradient_exponents + d[:, None] * n_samples + sample, mask=d_mask, other=0)
+        down_s = tl.load(written_exponents + s[:, None] * n_samples + sample, mask=s_mask, other=0)
+        acc = acc * power(-down_d) * tl.trans(power(-down_s))
     inside = tl.arange(0, BLOCK_D)[:, None] * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
     here = partials + (split.to(tl.int64) * tl.num_programs(0) + tile) * (BLOCK_D * BLOCK_S) + inside
     if not FIRST:
@@ -103,13 +113,17 @@ def contract_head(
     expansion = expansion or expand_config(dtype, patched, current())
     gradient_side = Side(left, left_rows, groups(destinations, device), False, statistics)
     source_side = Side(right, right.tensor(device), groups(sources, device), patched, None)
+    if dtype != torch.float32:
+        gradient_side = scaled(gradient_side, lengths, lead[1], width)
+        source_side = scaled(source_side, lengths, lead[1], width)
     tile_lists = tiles(row_reach(destinations), config.block_d, config.widths)
+    exponents = gradient_side.exponents, source_side.exponents
     scores = torch.empty(lead[0], n_edges(destinations), dtype=torch.float32, device=device)
     for sample, length in enumerate(lengths):
         plan = head_plan(n_all, length, width, dtype.itemsize)
         row_size = plan.tokens * plan.columns
-        gradients = torch.empty(len(left.rows), row_size, dtype=dtype, device=device)
-        written = torch.empty(len(right.rows), row_size, dtype=dtype, device=device)
+        gradients = torch.empty(len(left.rows), row_size, dtype=gradient_side.scratch, device=device)
+        written = torch.empty(len(right.rows), row_size, dtype=source_side.scratch, device=device)
         sums = {
             block_s: _Sums.of(members, plan.splits, config.block_d, block_s, device)
             for block_s, members in tile_lists.items()
@@ -118,7 +132,7 @@ def contract_head(
             expand(source_side, chunk, written, lead, width, expansion)
             expand(gradient_side, chunk, gradients, lead, width, expansion)
             for each in sums.values():
-                _contract_chunk(gradients, written, each, chunk, plan, config)
+                _contract_chunk(gradients, written, exponents, each, chunk, lead[0], plan, config)
         for each in sums.values():
             row = scores[sample : sample + 1]
             reduce(each.partials, each.first_piece, each.tiles, left_rows, row, negated=not patched)
@@ -144,12 +158,20 @@ class _Sums:
 
 
 def _contract_chunk(
-    gradients: Tensor, written: Tensor, sums: _Sums, chunk: Chunk, plan: HeadPlan, config: HeadConfig
+    gradients: Tensor,
+    written: Tensor,
+    exponents: tuple[Tensor | None, Tensor | None],
+    sums: _Sums,
+    chunk: Chunk,
+    n_samples: int,
+    plan: HeadPlan,
+    config: HeadConfig,
 ) -> None:
     splits, n_tiles, block_d, block_s = sums.partials.shape
     _head_kernel[n_tiles, splits](
         gradients,
         written,
+        *(sums.tiles if each is None else each for each in exponents),
         sums.tiles,
         sums.partials,
         len(gradients),
@@ -157,6 +179,9 @@ def _contract_chunk(
         gradients.shape[1],
         chunk.tokens * chunk.columns,
         plan.part,
+        chunk.sample,
+        n_samples,
+        SCALED=exponents[0] is not None,
         FIRST=chunk.start == 0 and chunk.first_column == 0,
         BLOCK_D=block_d,
         BLOCK_S=block_s,

@@ -23,6 +23,12 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def power(exponent):
+    """2^exponent in float32, exact for −126 … 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 to DTYPE."""
     # The interpreter truncates to bfloat16 where a device rounds.

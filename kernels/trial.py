@@ -19,8 +19,9 @@ from torch import Tensor
 from . import reference, rows
 from .operands import Destination, Source
 
-#: Largest error ‖found − reference‖ / ‖reference‖: of float32 operands, of narrower ones, of rows.
-FLOAT32, HALF, MOMENTS = 1e-5, 1e-4, 1e-9
+#: Largest error ‖found − reference‖ / ‖reference‖: of float32 operands, of narrower ones, of those that are expanded,
+#: of rows.
+FLOAT32, HALF, EXPANDED, MOMENTS = 1e-5, 1e-4, 1e-3, 1e-9
 #: Of the operands tried, at most, or little more: enough for several tiles of S, and little memory.
 TOKENS, ROWS, WIDTH = 5, 160, 512
 #: What each trial of this process found: None, or the fault.
@@ -38,9 +39,8 @@ def contraction(
     tensors = [t for s in sources for t in (s.value, s.weight) if t is not None]
     tensors += [t for d in destinations for t in (d.gradient, d.weight) if t is not None]
     dtype = max({t.dtype for t in tensors}, key=lambda found: torch.finfo(found).eps)
-    allowed = FLOAT32 if dtype == torch.float32 else HALF
-    if any(s.weight is not None for s in sources) or any(d.weight is not None for d in destinations):
-        allowed = max(allowed, torch.finfo(dtype).eps)  # expanded rows are rounded to it
+    expanded = any(s.weight is not None for s in sources) or any(d.weight is not None for d in destinations)
+    allowed = FLOAT32 if dtype == torch.float32 else EXPANDED if expanded else HALF
     kinds = [frozenset(map(_kind, sources)), frozenset(map(_kind, destinations))]
 
     def error() -> float:

@@ -93,5 +93,6 @@ def test_head_level_is_launched_rarely_and_moves_little_beside_its_scratch() -> 
         HOPPER,
     )
     scratch = 2 * (n_sources + len(reach)) * tokens * shape.width * torch.bfloat16.itemsize
-    assert cost.memory <= 1.7 * scratch
+    # Finding the scales that keep three bits more of every row reads each operand once more: a tenth.
+    assert cost.memory <= 1.8 * scratch
     assert cost.launches <= 120
