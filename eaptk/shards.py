@@ -42,7 +42,7 @@ class Shards:
             return None
         dims = [1 if weight is weights[-1] else 0 for weight in weights]
         for weight, dim in zip(weights, dims, strict=True):
-            placements = getattr(weight, "placements", ())
+            placements: tuple[Any, ...] = getattr(weight, "placements", ())
             if len(placements) != 1 or not placements[0].is_shard(dim):
                 raise EaptkError(
                     f"the model's projections are sharded as {placements or 'no tensors'}, not by heads over one "

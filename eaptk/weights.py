@@ -89,8 +89,18 @@ def stored(module: nn.Module, name: str) -> Tensor:
 
 def in_place(module: nn.Module, name: str) -> Tensor:
     """`stored`, on the module's device; of a parameter that is sharded over processes this process's part."""
-    tensor = stored(module, name)
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.to(execution_device(module))
+    tensor: Any = stored(module, name)
+    return tensor.to_local() if is_sharded(tensor) else tensor.to(execution_device(module))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has a part of it (a DTensor)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor, from all processes that have a part of it: they call this together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def features(projection: nn.Module) -> tuple[int, int] | None:
@@ -194,7 +204,8 @@ def _probe(projection: nn.Module, dtype: torch.dtype) -> Tensor:
     width, device = shape[0], execution_device(projection)
 
     def run(x: Tensor) -> Tensor:
-        return projection(x.to(device, dtype)[None])[0].detach()
+        # Past the module's hooks, which may be a capture's.
+        return projection.forward(x.to(device, dtype)[None])[0].detach()
 
     zero = run(torch.zeros(1, width))
     found = torch.empty(width, zero.shape[-1], dtype=zero.dtype, device=zero.device)
@@ -211,6 +222,16 @@ def _probe(projection: nn.Module, dtype: torch.dtype) -> Tensor:
     if packed:
         _probed[projection] = (key, found)
     return found
+
+
+def packed_projections(model: nn.Module) -> list[nn.Module]:
+    """One linear map of each kind whose weights are packed: the first of its class."""
+    found: dict[type, nn.Module] = {}
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if features(module) is not None and any(not tensor.is_floating_point() for tensor in own):
+            found.setdefault(type(module), module)
+    return list(found.values())
 
 
 def check_backward(projection: nn.Module, dtype: torch.dtype) -> None:
