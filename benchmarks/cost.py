@@ -22,9 +22,9 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import record
-from eaptk import Batch, Graph, attribute, losses
-from eaptk.attribution import forward
+from eaptk import Batch, Graph, attribute
 from eaptk.capture import frozen
+from eaptk.passes import sample_losses
 from eaptk.sites import Sites
 
 #: Rounds before the clock counts: a batch takes tens of thousands of page faults until the heap has grown to
@@ -44,7 +44,7 @@ def bare_pass(model: torch.nn.Module, sites: Sites, batch: Batch) -> None:
     handle = sites.layers[0].block.register_forward_pre_hook(leaf)
     try:
         with frozen(model), torch.enable_grad():
-            loss = losses.nll(forward(model, sites, batch), batch).sum()
+            loss = sample_losses(model, sites, batch).sum()
             torch.autograd.grad(loss, root[0])
     finally:
         handle.remove()

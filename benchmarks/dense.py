@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eaptk import Batch, Graph, losses
-from eaptk.attribution import forward
+from eaptk import Batch, Graph
 from eaptk.capture import frozen
+from eaptk.passes import sample_losses
 from eaptk.sites import Sites
 
 
@@ -116,7 +116,7 @@ def dense_scores(model: nn.Module, batch: Batch, graph: Graph) -> Tensor:
             _read_before(before, read, layer.mlp_norm, first_destination["mlp", index, None])
         _read_before(before, read, sites.final_norm, graph.n_destinations - 1)
         with frozen(model), torch.enable_grad():
-            loss = losses.nll(forward(model, sites, batch), batch).sum()
+            loss = sample_losses(model, sites, batch).sum()
             loss.backward()
     return scores
 

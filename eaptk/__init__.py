@@ -26,6 +26,7 @@ _HOME = {
     "Study": "study_file",
     "answer_questions": "answers",
     "attribute": "attribution",
+    "attribute_cuts": "attribution",
     "check": "identities",
     "collate": "batch",
     "compare": "comparison",

@@ -9,8 +9,7 @@ arXiv 2310.10348), or the source's mean (``"mean"``). One forward and one backwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,12 +21,14 @@ from torch import Tensor, nn
 from eaptk import losses
 from eaptk.batch import NO_TARGET, Batch
 from eaptk.capture import Capture, frozen
+from eaptk.contraction import Contraction
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
-from eaptk.kernels import Source, contract
-from eaptk.losses import LOSSES, LossFunction, LossName
-from eaptk.plan import Plan, Work, flush_cuts, free_memory
+from eaptk.losses import LOSSES, LossFunction, LossName, Targets
+from eaptk.passes import Halves, of_callable
+from eaptk.plan import Plan, Work, free_memory
 from eaptk.sites import Sites
+from eaptk.weights import bare, device_of, dtype_of, is_offloaded
 
 if TYPE_CHECKING:
     import networkx
@@ -92,7 +93,8 @@ def attribute(
     """Scores of every edge of every sample of a batch.
 
     Args:
-        model: a Hugging Face causal LM; it is left exactly as found.
+        model: a Hugging Face causal LM, or one with PEFT adapters; it is left exactly as found. It may be spread over
+            devices, partly offloaded, or sharded over processes; these all make the same calls then.
         batch: a `Batch`, or what a tokenizer returns (see `Batch.from_mapping`).
         graph: from `Graph.from_model(model, …)`.
         ablation: what takes the place of a source's output; see the module.
@@ -111,36 +113,166 @@ def attribute(
         EaptkError: the graph is another model's; ablation and loss lack what they need; the loss or a score is
             NaN or infinite (the sample and the edge are named).
     """
-    batch = prepare(model, batch, ablation, loss, means)
-    sites = Sites(model, graph)
-    plan = _plan(model, sites, batch, ablation, loss, flush_layers, checkpoint)
+    request = _Request(ablation, loss, means, flush_layers, checkpoint)
+    scores = _attribute(bare(model), _as_batch(batch), graph, request)[0]
+    return scores if on_device else replace(scores, rows=scores.rows.cpu())
+
+
+def attribute_cuts(
+    model: nn.Module,
+    batch: Batch | Mapping[str, Any],
+    graph: Graph,
+    cuts: Sequence[int],
+    *,
+    ablation: Ablation = "zero",
+    loss: LossName = "nll",
+    means: Mapping[str, Tensor] | None = None,
+    flush_layers: int | None = None,
+    checkpoint: bool | None = None,
+    on_device: bool = False,
+) -> list[EdgeScores]:
+    """Scores of a batch as they are when only so many tokens of each answer count: one result a cut.
+
+    The same as `attribute` on samples whose answers are cut, to rounding. As no position sees those after it, several
+    cuts share one forward pass, with a backward pass each; `share_passes` says which do.
+
+    Args:
+        cuts: how many of a sample's positions with loss, from the first, have one; those of a shorter answer all do.
+        model, batch, graph, ablation, loss, means, flush_layers, checkpoint, on_device: as for `attribute`.
+
+    Returns:
+        In the order of `cuts`.
+
+    Raises:
+        EaptkError: what `attribute` raises; no cuts, or one below 1; a loss that is a callable, as what it makes of
+            an answer need not be a mean over its tokens.
+    """
+    if not cuts or min(cuts) < 1:
+        raise EaptkError(f"cuts are {list(cuts)}; give one or more numbers of tokens, each at least 1")
+    if callable(loss):
+        raise EaptkError(f"answers are cut under a named loss alone: one of {', '.join(LOSSES)}")
+    request = _Request(ablation, loss, means, flush_layers, checkpoint)
+    batch = _as_batch(batch)
+    _check_request(batch, ablation, loss, means)
+    most = int((batch.targets != NO_TARGET).sum(1).max())
+    batches = {cut: cut_short(batch, cut) for cut in {min(cut, most) for cut in cuts}}
+    found = {}
+    for together in share_passes({cut: part.ids.shape[1] for cut, part in batches.items()}):
+        longest = batches[together[-1]]
+        for cut, scores in zip(
+            together, _attribute(bare(model), longest, graph, request, together), strict=True
+        ):
+            found[cut] = scores if on_device else replace(scores, rows=scores.rows.cpu())
+    return [found[min(cut, most)] for cut in cuts]
+
+
+def cut_short(batch: Batch, cut: int) -> Batch:
+    """The batch with the first `cut` losses of each sample alone, and no position after the last of them."""
+    carries = batch.targets != NO_TARGET
+    targets = torch.where(carries.cumsum(1) <= cut, batch.targets, NO_TARGET)
+    places = torch.arange(1, targets.shape[1] + 1, device=targets.device)
+    lengths = ((targets != NO_TARGET) * places).amax(1).cpu()
+    width = int(lengths.max())
+    shorter = {
+        name: value[:, :width]
+        for name in ("ids", "corrupt_ids", "foils")
+        if (value := getattr(batch, name)) is not None
+    }
+    return replace(batch, lengths=lengths, targets=targets[:, :width], **shorter)
+
+
+def share_passes(lengths: Mapping[int, int]) -> list[list[int]]:
+    """Which cuts share a forward pass, so that all passes together are over the fewest tokens.
+
+    A backward pass is as long as the forward pass it goes back through. Short cuts of long answers are so better
+    given a forward pass of their own, and all of long prompts share one.
+
+    Args:
+        lengths: by cut, how many tokens a forward pass for it has.
+
+    Returns:
+        Cuts in ascending order, by pass.
+    """
+    cuts = sorted(lengths)
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]
+    for end in range(1, len(cuts) + 1):
+        length = lengths[cuts[end - 1]]
+        best.append(
+            min(
+                (best[start][0] + length * (1 + end - start), [*best[start][1], cuts[start:end]])
+                for start in range(end)
+            )
+        )
+    return best[-1][1]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of a batch; see `attribute`."""
+
+    ablation: Ablation
+    loss: LossName | LossFunction
+    means: Mapping[str, Tensor] | None
+    flush_layers: int | None
+    checkpoint: bool | None
+
+
+def _attribute(
+    model: nn.Module, batch: Batch, graph: Graph, request: _Request, cuts: Sequence[int | None] = (None,)
+) -> list[EdgeScores]:
+    """Rows on the model's device, from one forward pass for each of the ascending cuts; None: of no cut.
+
+    All that has to be known of the batch's content is read before the forward pass, and the losses' content after the
+    last backward pass: between them nothing waits for the device.
+    """
+    loss, means = request.loss, request.means
+    rows, losses_found = [], []
     with frozen(model):
-        other = clean_logits = None
-        if loss == "kl":
-            other, clean_logits = _values(model, sites, batch)
-            batch = _corrupted(batch)
-        elif ablation == "patching":
-            other, _ = _values(model, sites, _corrupted(batch))
+        targets = Targets.of(batch)
+        lengths = [(batch if cut is None else cut_short(batch, cut)).lengths.tolist() for cut in cuts]
+        batch = prepare(model, batch, request.ablation, loss, means)
+        targets = targets.to(batch.ids.device)
+        sites = Sites(model, graph)
+        plan = _plan(model, sites, batch, request, sum(targets.counts), len(cuts))
+        halves, scale = Halves(model, sites), _loss_scale(model)
+        other = clean = None
+        if batch.corrupt_ids is not None and loss == "kl":
+            other, clean = _values(halves, sites, batch.ids, targets.index)
+            batch = replace(batch, ids=batch.corrupt_ids)
+        elif batch.corrupt_ids is not None and request.ablation == "patching":
+            other, _ = _values(halves, sites, batch.corrupt_ids, targets.index[:1])
         with torch.enable_grad(), Capture(sites, gradients=True, recompute=plan.checkpoint) as run:
-            sample_losses = _losses(model, sites, batch, loss, clean_logits)
+            if callable(loss):
+                parts = [of_callable(model, batch, loss)]
+            else:
+                hidden = halves.hidden(batch.ids, targets.index)
+                values = losses.of_positions(loss, hidden, targets, halves, clean, scale)
+                parts = [targets.means(values, cut) for cut in cuts]
+                del hidden, values
             if means is not None:
                 check_means(means, run)
             if loss == "kl":
                 assert other is not None
                 sources = [
                     replace(source, value=other[name], replacement=source.value)
-                    for name, source in zip(other, run.sources(), strict=True)
+                    for name, source in zip(other, run.sources(later=True), strict=True)
                 ]
             else:
-                sources = run.sources(other if means is None else means)
-            contraction = _Contraction(run, sources, batch.lengths.tolist(), plan.flush_layers)
-            run.backward(sample_losses.sum() * _loss_scale(model), contraction.layer_left)
-        rows = contraction.finish()
-    rows = rows / _loss_scale(model)
-    if not on_device:
-        rows = rows.cpu()
-    _check_finite(rows, batch, graph)
-    return EdgeScores(rows, sample_losses.detach().cpu(), graph)
+                sources = run.sources(other if means is None else means, later=True)
+            del other
+            while parts:
+                part, again = parts.pop(), bool(parts)
+                contraction = Contraction(run, sources, lengths[len(parts)], plan.flush_layers, again)
+                run.backward(part.sum() * scale, contraction.layer_left, again)
+                rows.append(contraction.finish() / scale)
+                losses_found.append(part.detach())
+                del part
+    results = []
+    for found, own in zip(reversed(rows), reversed(losses_found), strict=True):
+        _check_losses(own := own.cpu(), batch)
+        _check_finite(found, batch, graph)
+        results.append(EdgeScores(found, own, graph))
+    return results
 
 
 def source_means(
@@ -163,15 +295,21 @@ def source_sums(
     Returns:
         By source name, shaped as `source_means` says: float64.
     """
+    model = bare(model)
     sites = Sites(model, graph)
     batch = _as_batch(batch)
     _check_tokens(batch, model)
     with frozen(model):
-        values, _ = _values(model, sites, batch.to(next(model.parameters()).device))
+        batch = batch.to(device_of(model))
+        # One position with hidden states, as none are wanted.
+        index = torch.zeros(1, dtype=torch.int64, device=batch.ids.device)
+        values, _ = _values(Halves(model, sites), sites, batch.ids, index)
     sums = {}
     for name, value in values.items():
         rows = zip(value, batch.lengths.tolist(), strict=True)
         sums[name] = reduce(torch.add, (row[:length].sum(0, dtype=torch.float64) for row, length in rows))
+        if sites.shards is not None and value.dim() == 4:
+            sums[name] = sites.shards.gather(sums[name], 0)
     return sums, int(batch.lengths.sum())
 
 
@@ -184,7 +322,7 @@ def means_of(parts: Iterable[tuple[Mapping[str, Tensor], int]], model: nn.Module
         n_tokens += n
     if not n_tokens:
         raise EaptkError("cannot take means over no batches")
-    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if dtype_of(model) == torch.float64 else torch.float32
     return {name: (total / n_tokens).to(dtype) for name, total in totals.items()}
 
 
@@ -199,133 +337,44 @@ def prepare(
     batch = _as_batch(batch)
     _check_request(batch, ablation, loss, means)
     _check_tokens(batch, model)
-    return batch.to(next(model.parameters()).device)
+    return batch.to(device_of(model))
 
 
 def _as_batch(batch: Batch | Mapping[str, Any]) -> Batch:
     return batch if isinstance(batch, Batch) else Batch.from_mapping(batch)
 
 
-def _values(model: nn.Module, sites: Sites, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """Source values of a forward pass, and its logits [N, V] at the loss positions."""
+def _values(halves: Halves, sites: Sites, ids: Tensor, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Source values of a forward pass, and its hidden states [N, D] at the given positions."""
     with torch.no_grad(), Capture(sites, gradients=False) as capture:
-        logits = forward(model, sites, batch)
-    return capture.values, logits
+        hidden = halves.hidden(ids, index)
+    return capture.values, hidden
 
 
-def _plan(
-    model: nn.Module,
-    sites: Sites,
-    batch: Batch,
-    ablation: Ablation,
-    loss: LossName | LossFunction,
-    flush_layers: int | None,
-    checkpoint: bool | None,
-) -> Plan:
+def _plan(model: nn.Module, sites: Sites, batch: Batch, request: _Request, n_loss: int, n_cuts: int) -> Plan:
     n_samples, n_tokens = batch.ids.shape
     work = Work.of(
         model,
         sites,
         n_samples,
         n_tokens,
-        n_loss=batch.ids.numel() if callable(loss) else int((batch.targets != NO_TARGET).sum()),
-        patched=ablation == "patching",
+        n_loss=n_loss,
+        whole_logits=callable(request.loss),
+        patched=request.ablation == "patching",
+        n_cuts=n_cuts,
     )
-    return Plan.within(free_memory(batch.ids.device), work, flush_layers, checkpoint)
-
-
-def _losses(
-    model: nn.Module,
-    sites: Sites,
-    batch: Batch,
-    loss: LossName | LossFunction,
-    clean_logits: Tensor | None,
-) -> Tensor:
-    """Losses [B] of a forward pass, finite."""
-    logits = forward(model, sites, batch, every_position=callable(loss))
-    sample_losses = losses.of_samples(loss, logits, batch, clean_logits)
-    if callable(loss):
-        _check_callable(sample_losses, batch)
-    bad = (~sample_losses.detach().isfinite()).nonzero().flatten().tolist()
-    if bad:
-        value = sample_losses[bad[0]].item()
-        raise EaptkError(
-            f"sample {batch.names[bad[0]]!r}: the loss is {value}; its logits are not finite "
-            f"(try a wider dtype, or check the weights)"
-        )
-    return sample_losses
-
-
-class _Contraction:
-    """The contraction of one batch: whole after the backward pass, or by flush groups on its way (`flush_cuts`)."""
-
-    def __init__(
-        self, run: Capture, sources: Sequence[Source], lengths: Sequence[int], flush_layers: int
-    ) -> None:
-        self._run = run
-        self._sources = sources
-        self._lengths = lengths
-        self._cuts = flush_cuts(run.sites.readers, flush_layers)
-        #: Readers not contracted yet: the first so many.
-        self._left = len(run.sites.readers)
-        self._parts: list[Tensor] = []
-
-    def layer_left(self, layer: int) -> None:
-        """The backward pass has left this layer."""
-        if layer in self._cuts:
-            self._flush(self._cuts[layer])
-
-    def finish(self) -> Tensor:
-        """[B, n_edges], once the backward pass has ended."""
-        self._flush(0)
-        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts[::-1], 1)
-
-    def _flush(self, first: int) -> None:
-        readers = self._run.sites.readers[first : self._left]
-        # Autocast would take the contraction's products in half precision.
-        with torch.no_grad(), torch.autocast(self._sources[0].value.device.type, enabled=False):
-            try:
-                self._parts.append(contract(self._sources, self._run.destinations(readers), self._lengths))
-            except ValueError as error:
-                entry = self._run.sites.architecture.model_type
-                hint = (
-                    f" (architecture entry {entry!r} names a wrong module)"
-                    if ": shape " in str(error)
-                    else ""
-                )
-                raise EaptkError(f"{error}{hint}") from error
-        self._run.release(readers)
-        self._left = first
-
-
-def forward(model: nn.Module, sites: Sites, batch: Batch, every_position: bool = False) -> Tensor:
-    """Logits [N, V] at the positions that carry loss alone, or [B, T, V] at every one."""
-    with _only_at(sites.unembedding, None if every_position else losses.loss_positions(batch)):
-        logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
-    return logits if every_position else logits[0]
-
-
-@contextmanager
-def _only_at(unembedding: nn.Module, positions: Tensor | None) -> Iterator[None]:
-    """The vocabulary is wide: unembed only `positions` of the flattened [B·T], as one row of a batch."""
-
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        return None if positions is None else (args[0].flatten(0, 1).index_select(0, positions)[None],)
-
-    handle = unembedding.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _corrupted(batch: Batch) -> Batch:
-    assert batch.corrupt_ids is not None
-    return replace(batch, ids=batch.corrupt_ids)
+    checkpoint = request.checkpoint
+    if checkpoint is None and is_offloaded(model):
+        # Whatever autograd keeps for the backward pass it keeps in place: it would hold every weight.
+        checkpoint = True
+    memory = min(map(free_memory, sites.devices))
+    if sites.shards is not None:
+        memory = sites.shards.smallest(memory, sites.devices[0])
+    return Plan.within(memory, work, request.flush_layers, checkpoint)
 
 
 def _loss_scale(model: nn.Module) -> float:
-    return FLOAT16_LOSS_SCALE if next(model.parameters()).dtype == torch.float16 else 1.0
+    return FLOAT16_LOSS_SCALE if dtype_of(model) == torch.float16 else 1.0
 
 
 def _check_request(
@@ -371,26 +420,27 @@ def _check_tokens(batch: Batch, model: nn.Module) -> None:
             )
 
 
-def _check_callable(sample_losses: Any, batch: Batch) -> None:
-    is_tensor = isinstance(sample_losses, Tensor)
-    if not is_tensor or sample_losses.shape != (len(batch),):
-        found = f"shape {tuple(sample_losses.shape)}" if is_tensor else type(sample_losses).__name__
-        raise EaptkError(f"the loss returned {found}; expected [{len(batch)}], one number a sample")
-    if not sample_losses.requires_grad:
-        raise EaptkError(
-            "the loss does not depend on the logits; compute it from them without detach() or no_grad()"
-        )
-
-
 def check_means(means: Mapping[str, Tensor], run: Capture) -> None:
     """Raises EaptkError where means are not those of the sources that `run` captured."""
     for name, value in run.values.items():
         found = tuple(means[name].shape) if name in means else None
-        if found != value.shape[2:]:
+        needed = tuple(value.shape[2:])
+        if len(needed) == 2:  # of all heads, whichever of them this process has
+            needed = (run.sites.graph.n_heads, needed[1])
+        if found != needed:
             raise EaptkError(
-                f"means of {name!r} have shape {found}, the graph needs {tuple(value.shape[2:])}; "
+                f"means of {name!r} have shape {found}, the graph needs {needed}; "
                 f"take them with eaptk.source_means for the same model and graph"
             )
+
+
+def _check_losses(sample_losses: Tensor, batch: Batch) -> None:
+    bad = (~sample_losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise EaptkError(
+            f"sample {batch.names[bad[0]]!r}: the loss is {sample_losses[bad[0]].item()}; its logits are not finite "
+            f"(try a wider dtype, or check the weights)"
+        )
 
 
 def _check_finite(rows: Tensor, batch: Batch, graph: Graph) -> None:

@@ -14,7 +14,7 @@ The last two are the contraction's work (`eaptk.kernels`). Hooks exist only insi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -26,38 +26,51 @@ from torch.utils.checkpoint import checkpoint
 from eaptk.errors import EaptkError
 from eaptk.kernels import Destination, Norm, Source
 from eaptk.sites import BRANCHES, LayerSites, Reader, Sites
+from eaptk.weights import at_hand
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; every flag as it was found outside, errors included."""
     training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By place: of an offloaded model each use of a parameter leaves another object there.
+    trainable = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
     try:
         model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(False)
         with torch.inference_mode(False):
             yield
     finally:
         for module in training:
             module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(True)
 
 
 @contextmanager
-def run_again(block: nn.Module) -> Iterator[None]:
-    """Of what the block computes keep its input alone; the backward pass runs it again."""
-    # Hugging Face's own switch acts in training mode alone.
-    own = vars(block).get("forward")
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module do another thing inside; outside it has the forward it had."""
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del block.forward
+        del module.forward
         if own is not None:
-            block.forward = own
+            module.forward = own
+
+
+def run_again(block: nn.Module) -> AbstractContextManager[None]:
+    """Of what the block computes keep its input alone; the backward pass runs it again."""
+    # Hugging Face's own switch acts in training mode alone.
+    again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return replaced_forward(block, again)
 
 
 class Capture:
@@ -106,31 +119,51 @@ class Capture:
     ) -> None:
         self._hooks.close()
 
-    def sources(self, replacements: Mapping[str, Tensor] | None = None) -> list[Source]:
-        """Operands in order of writing; `replacements` by source name, broadcastable to `values`."""
+    def sources(
+        self, replacements: Mapping[str, Tensor] | None = None, *, later: bool = False
+    ) -> list[Source]:
+        """Operands in order of writing; `replacements` by source name, broadcastable to `values`.
+
+        Args:
+            later: leave weights that would have to be made or brought on the meta device; `eaptk.division` does it.
+        """
         by_head = self.sites.graph.granularity == "head"
         operands = []
         for name, value in self.values.items():
             weight = gain = None
             if by_head and name.startswith("a"):
                 layer = self.sites.layers[int(name[1:])]
-                weight = self.sites.output_weight(layer)
+                if not later or at_hand(layer.attention_output):
+                    weight = self.sites.output_weight(layer)
+                else:
+                    width = self.values["input"].shape[-1]
+                    weight = torch.empty(*value.shape[2:], width, dtype=self.sites.dtype, device="meta")
                 if layer.attention_post_norm is not None:
                     gain = self.sites.norm_facts(layer.attention_post_norm)[0]
-            replacement = None if replacements is None else replacements[name]
+            replacement = None if replacements is None else replacements[name].to(value.device)
+            if replacement is not None and weight is not None:
+                replacement = self._own_heads(replacement)
             operands.append(Source(value, weight, gain, replacement))
         return operands
 
-    def backward(self, loss: Tensor, left: Callable[[int], None] | None = None) -> None:
+    def _own_heads(self, heads: Tensor) -> Tensor:
+        """Of [..., heads, head_dim] those that this process has."""
+        shards = self.sites.shards
+        if shards is None or heads.shape[-2] != self.sites.graph.n_heads:
+            return heads
+        return shards.own(heads, -2)
+
+    def backward(self, loss: Tensor, left: Callable[[int], None] | None = None, again: bool = False) -> None:
         """Gradients of `loss`, a scalar, down to the first layer's input.
 
         Args:
+            again: another backward pass is to follow. What this one recorded must be released before.
             left: told a layer's index when the pass has left it: gradients of its destinations and of those above
                 are complete. Not told of layer 0, with which the pass ends.
         """
         assert self.root is not None
         self._reading, self._left = False, left
-        torch.autograd.grad(loss, self.root)
+        torch.autograd.grad(loss, self.root, retain_graph=again)
 
     def destinations(self, readers: Sequence[Reader] | None = None) -> list[Destination]:
         """Operands in order of reading, once the backward pass has left their layers; default: all."""
@@ -149,11 +182,15 @@ class Capture:
             operands.append(Destination(self.gradients[reader.name], reader.reach, weight, norm))
         return operands
 
-    def release(self, readers: Sequence[Reader]) -> None:
-        """Let go of what only these destinations need, once they are contracted; the last of all come first."""
+    def release(self, readers: Sequence[Reader], again: bool = False) -> None:
+        """Let go of what only these destinations need, once they are contracted; the last of all come first.
+
+        Args:
+            again: another backward pass is to follow, whose gradients need the streams that are there.
+        """
         for reader in readers:
             del self.gradients[reader.name]
-            if reader.normed and reader.name.startswith("a"):
+            if not again and reader.normed and reader.name.startswith("a"):
                 self.streams.pop(f"a{reader.layer}", None)
 
     def _hook_sources(self, index: int, layer: LayerSites) -> None:
@@ -252,9 +289,12 @@ class Capture:
         return hook
 
     def _split_backward(self, weights: Mapping[str, Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+        shards = self.sites.shards
+
         def branches(gradient: Tensor) -> Iterator[Tensor]:
             for (key, weight), branch in zip(weights.items(), BRANCHES, strict=True):
-                self.gradients[key] = self.sites.branch_values(gradient, branch).flatten(-2) @ weight
+                found = self.sites.branch_values(gradient, branch).flatten(-2) @ weight
+                self.gradients[key] = found if shards is None else shards.sum(found)
                 yield self.gradients[key]
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Any:
@@ -286,7 +326,7 @@ class Capture:
     def _read_heads(self, name: str) -> Callable[[Tensor], None]:
         def read(heads: Tensor) -> None:
             if self._reading:
-                self.values[name] = heads.detach().unflatten(-1, (self.sites.graph.n_heads, -1))
+                self.values[name] = self.sites.by_head(heads.detach())
 
         return read
 

@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eaptk import losses
-from eaptk.attribution import attribute, forward
+from eaptk.attribution import attribute
 from eaptk.batch import Batch, Sample, collate
 from eaptk.capture import Capture, frozen
 from eaptk.graph import Graph, Node
-from eaptk.intervention import norm_before, reading_less, removed
+from eaptk.intervention import norm_before, reading_less, refuse_divided, removed
 from eaptk.kernels import Source, contract
+from eaptk.losses import Targets
+from eaptk.passes import Halves, sample_losses
 from eaptk.sites import Sites
+from eaptk.weights import bare, device_of, dtype_of
 
 #: Largest relative error that passes. In half precision the model's own rounding is all that is seen.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -61,21 +63,23 @@ def check(
         n_edges: how many random edges a granularity to perturb directly (a forward and backward pass each).
         seed: of the random tokens and edges.
     """
-    tolerance = TOLERANCE[next(model.parameters()).dtype]
+    model = bare(model)
+    tolerance = TOLERANCE[dtype_of(model)]
     random = np.random.default_rng(seed)
     samples = list(samples or _random_samples(model.get_input_embeddings().weight.shape[0], random))  # type: ignore[operator]
-    batch = collate(samples).to(next(model.parameters()).device)
+    batch = collate(samples).to(device_of(model))
     graphs = {
         (granularity, qkv): Graph.from_model(model, granularity, qkv)
         for granularity in ("block", "head")
         for qkv in ("split", "merged")
     }
+    refuse_divided(Sites(model, graphs["block", "split"]))
     rows = {key: attribute(model, batch, graph).rows for key, graph in graphs.items()}
     found: list[Finding] = []
     with frozen(model):
         sites = Sites(model, graphs["block", "split"])
         with _streams(sites) as streams, torch.enable_grad(), Capture(sites, gradients=True) as run:
-            loss = losses.nll(forward(model, sites, batch), batch)
+            loss = sample_losses(model, sites, batch)
             run.backward(loss.sum())
         found.append(_streams_rebuilt(sites, batch, run, streams))
         found.append(_column_sums(sites, batch, run, streams, rows["block", "split"]))
@@ -108,13 +112,17 @@ def _random_samples(vocabulary: int, random: np.random.Generator) -> list[Sample
 
 
 def _mean_logit(logits: Tensor, batch: Batch) -> Tensor:
-    at_loss = logits.flatten(0, 1)[losses.loss_positions(batch)]
-    return losses.mean_by_sample(at_loss.gather(1, at_loss.argmax(1, keepdim=True))[:, 0].float(), batch)
+    targets = Targets.of(batch)
+    at_loss = logits.flatten(0, 1)[targets.index]
+    return targets.means(at_loss.gather(1, at_loss.argmax(1, keepdim=True))[:, 0].float())
 
 
 def _sum_of_losses(logits: Tensor, batch: Batch) -> Tensor:
-    nll = losses.nll(logits.flatten(0, 1)[losses.loss_positions(batch)], batch)
-    return nll + _mean_logit(logits, batch)
+    targets = Targets.of(batch)
+    at_loss = logits.flatten(0, 1)[targets.index]
+    wide = at_loss.to(torch.promote_types(at_loss.dtype, torch.float32))
+    nll = torch.nn.functional.cross_entropy(wide, targets.tokens, reduction="none")
+    return targets.means(nll) + _mean_logit(logits, batch)
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
@@ -186,7 +194,7 @@ def _fold(rows: Tensor, fine: Graph, coarse: Graph) -> Tensor:
 
 def _perturbed(model: nn.Module, sites: Sites, batch: Batch, rows: Tensor, columns: Sequence[int]) -> Finding:
     with torch.no_grad(), Capture(sites, gradients=False) as capture:
-        forward(model, sites, batch)
+        Halves(model, sites).hidden(batch.ids, Targets.of(batch).index)
     written = [removed(source, row) for source in capture.sources() for row in range(source.rows)]
     derivatives = []
     for column in columns:
@@ -196,7 +204,7 @@ def _perturbed(model: nn.Module, sites: Sites, batch: Batch, rows: Tensor, colum
         )
         change = epsilon * written[sites.graph.edge_source[column]]
         with torch.enable_grad(), reading_less(sites, node, change):
-            loss = losses.nll(forward(model, sites, batch), batch)
+            loss = sample_losses(model, sites, batch)
         derivatives.append(torch.autograd.grad(loss.sum(), epsilon)[0].flatten().cpu())
     expected = torch.stack(derivatives, dim=1).double()
     got = rows[:, columns].double()

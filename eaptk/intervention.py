@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eaptk import losses
-from eaptk.attribution import Ablation, check_means, forward, prepare
+from eaptk.attribution import Ablation, check_means, prepare
 from eaptk.batch import Batch
 from eaptk.capture import Capture, frozen
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph, Node
 from eaptk.kernels import Source
-from eaptk.losses import LossFunction, LossName
+from eaptk.losses import LossFunction, LossName, Targets
+from eaptk.passes import Halves, sample_losses
 from eaptk.sites import Sites
+from eaptk.weights import bare, dtype_of
 
 
 def exact_effects(
@@ -54,8 +55,9 @@ def exact_effects(
         EaptkError: what `attribute` refuses; no such column; a model in half precision, whose rounding is
             larger than what an edge does; the loss of a run without the edge is not finite.
     """
+    model = bare(model)
     batch = prepare(model, batch, ablation, loss, means)
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     if torch.finfo(dtype).bits < 32:
         raise EaptkError(
             f"the model is in {str(dtype).removeprefix('torch.')}, whose rounding hides what a single edge does; "
@@ -64,11 +66,13 @@ def exact_effects(
     outside = [column for column in columns if not 0 <= column < graph.n_edges]
     if outside:
         raise EaptkError(f"there is no edge {outside[0]}; they are numbered 0 to {graph.n_edges - 1}")
-    sites = Sites(model, graph)
+    sites, targets = Sites(model, graph), Targets.of(batch)
+    refuse_divided(sites)
+    halves = Halves(model, sites)
     effects = torch.zeros(len(batch), len(columns), dtype=torch.float64)
     with frozen(model), torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False):
         with Capture(sites, gradients=False) as clean:
-            clean_logits = forward(model, sites, batch)
+            clean_hidden = halves.hidden(batch.ids, targets.index)
         replacements, sign = means, 1
         if means is not None:
             check_means(means, clean)
@@ -76,18 +80,18 @@ def exact_effects(
             assert batch.corrupt_ids is not None
             corrupted = replace(batch, ids=batch.corrupt_ids)
             with Capture(sites, gradients=False) as other:
-                forward(model, sites, corrupted)
+                halves.hidden(corrupted.ids, targets.index)
             replacements = other.values
         sources = clean.sources(replacements)
         if loss == "kl":
             # The KL falls as the edge is restored; by as much the edge alone had raised it.
             batch, sources, sign = corrupted, other.sources(clean.values), -1
         changes = [removed(source, row) for source in sources for row in range(source.rows)]
-        before = _losses(model, sites, batch, loss, clean_logits)
+        before = sample_losses(model, sites, batch, loss, clean_hidden)
         for k, column in enumerate(columns):
             node = graph.destinations[graph.edge_destination[column]]
             with reading_less(sites, node, changes[graph.edge_source[column]]):
-                after = _losses(model, sites, batch, loss, clean_logits)
+                after = sample_losses(model, sites, batch, loss, clean_hidden)
             effects[:, k] = sign * (after.double() - before.double()).cpu()
     bad = (~effects.isfinite()).nonzero().tolist()
     if bad:
@@ -99,11 +103,12 @@ def exact_effects(
     return effects
 
 
-def _losses(
-    model: nn.Module, sites: Sites, batch: Batch, loss: LossName | LossFunction, clean_logits: Tensor
-) -> Tensor:
-    logits = forward(model, sites, batch, every_position=callable(loss))
-    return losses.of_samples(loss, logits, batch, clean_logits)
+def refuse_divided(sites: Sites) -> None:
+    """Raises EaptkError of a model that is not whole on one device and in this process."""
+    if sites.shards is not None or len(sites.devices) > 1:
+        raise EaptkError(
+            "edges can be cut in a model on one device alone; load it without device_map and tensor parallelism"
+        )
 
 
 def removed(source: Source, row: int) -> Tensor:

@@ -22,7 +22,9 @@ from eaptk.cards import COPIES, PASSES, PRODUCTS, Card
 from eaptk.errors import EaptkError
 from eaptk.graph import Granularity, Graph
 from eaptk.kernels.reference import chunk_tokens, group_starts
+from eaptk.losses import chunk_positions
 from eaptk.sites import LayerSites, Reader, Sites
+from eaptk.weights import features, linear_maps
 
 #: Estimates are within a fifth of what is measured: what is to fit must fit with as much to spare.
 MARGIN = 1.25
@@ -66,11 +68,13 @@ class Work:
         weights: of the model.
         kept: what autograd keeps of one layer.
         backward: what the backward pass of one layer holds besides.
-        logits: at the loss positions, with what the loss makes of them.
+        n_together: positions whose logits are there at once.
+        logits: of these, with what the loss makes of them, and hidden states at all positions that carry loss.
         parameters, unembedding: weights in matrix products of all layers, and in the last one.
         spared: of `parameters`, those that a layer run again stops before: nothing after them is kept.
         attention: FLOPs of all layers' products of queries, keys and values, forward.
         patched: sources are held of two prompts.
+        n_cuts: backward passes from one forward pass, each with rows of its own.
         on_gpu: the contraction's scratch is the kernels', not the reference's.
     """
 
@@ -82,6 +86,7 @@ class Work:
     n_samples: int
     n_tokens: int
     n_loss: int
+    n_together: int
     weights: int
     kept: int
     backward: int
@@ -91,6 +96,7 @@ class Work:
     unembedding: int
     attention: int
     patched: bool
+    n_cuts: int
     on_gpu: bool
 
     @classmethod
@@ -102,26 +108,33 @@ class Work:
         n_tokens: int,
         *,
         n_loss: int,
+        whole_logits: bool = False,
         patched: bool = False,
+        n_cuts: int = 1,
         on_gpu: bool | None = None,
     ) -> Work:
-        """Of a model, which may be without weights (`without_weights`)."""
+        """Of a model, which may be without weights (`without_weights`).
+
+        Args:
+            whole_logits: the loss is a callable, which takes the logits of all positions at once.
+        """
         config: Any = model.config
         graph, layer = sites.graph, sites.layers[0]
-        weight = next(layer.block.parameters())
-        size, tokens = weight.itemsize, n_samples * n_tokens
+        size, tokens = sites.dtype.itemsize, n_samples * n_tokens
         width = len(sites.norm_facts(layer.attention_norm)[0])
-        matrix: Any = layer.attention_output.weight
-        query_width = matrix.shape[0] + matrix.shape[1] - width
+        query_width, _ = features(layer.attention_output) or (width, width)
         kv_width = query_width * graph.n_kv_heads // graph.n_heads
-        matrices = [p for p in layer.mlp_read.parameters() if p.dim() == 2]
-        inner = max((max(p.shape) for p in matrices), default=width)
+        matrices = linear_maps(layer.mlp_read)
+        inner = max(map(max, matrices), default=width)
         activation = getattr(config, "hidden_act", getattr(config, "activation_function", None))
         # A gate keeps its own input, its output, and what it multiplies.
         spread = 3 if len(matrices) > 2 else 4 if activation in _SPELLED_OUT else 1
         eager = getattr(config, "_attn_implementation", None) == "eager"
         square = n_samples * graph.n_heads * n_tokens**2
-        vocabulary = sites.unembedding.weight.shape[0]
+        _, vocabulary = features(sites.unembedding) or sites.unembedding.weight.shape[::-1]
+        on_gpu = sites.devices[0].type == "cuda" if on_gpu is None else on_gpu
+        most_together = chunk_positions(vocabulary, "cuda" if on_gpu else "cpu")
+        n_together = tokens if whole_logits else min(n_loss, most_together)
         return cls(
             graph=graph,
             readers=tuple(sites.readers),
@@ -136,15 +149,18 @@ class Work:
             + tokens * size * (2 * query_width + 2 * kv_width + spread * inner)
             + (square * (size + 4) if eager else 0),
             backward=tokens * size * 3 * inner,
-            logits=n_loss * vocabulary * (16 if size >= 4 else 20),
+            n_together=n_together,
+            logits=n_together * vocabulary * (16 if whole_logits else 12) * max(1, size // 4)
+            + n_loss * width * size * (0 if whole_logits else 3),
             parameters=sum(
-                p.numel() for each in sites.layers for p in each.block.parameters() if p.dim() == 2
+                read * written for each in sites.layers for read, written in linear_maps(each.block)
             ),
             spared=graph.n_layers * width * inner if layer.mlp_write is layer.mlp_read else 0,
             unembedding=vocabulary * width,
             attention=graph.n_layers * 4 * n_samples * n_tokens**2 * query_width // (1 if eager else 2),
             patched=patched,
-            on_gpu=weight.is_cuda if on_gpu is None else on_gpu,
+            n_cuts=n_cuts,
+            on_gpu=on_gpu,
         )
 
     @property
@@ -162,7 +178,7 @@ class Work:
     @property
     def rows(self) -> int:
         """Bytes of the score rows, and of a sample's sums."""
-        return self.graph.n_edges * (4 * self.n_samples + 8)
+        return self.graph.n_edges * (4 * self.n_samples * self.n_cuts + 8)
 
     def gradients(self, readers: Sequence[Reader]) -> int:
         """Bytes of these destinations' gradients, and of the streams their norms read."""
@@ -202,13 +218,15 @@ class Work:
         kept = (self.stream if checkpoint else self.kept) + (0 if shared else self.stream)
         inside = self.backward + (self.kept if checkpoint else 0)
         most = n_layers * kept + self.logits
+        # Further backward passes need all that the first went back through.
+        below = n_layers if self.n_cuts > 1 else 0
         waiting = [self.readers[-1]]
         for layer in range(n_layers - 1, -1, -1):
-            most = max(most, (layer + 1) * kept + inside + self.gradients(waiting))
+            most = max(most, max(below, layer + 1) * kept + inside + self.gradients(waiting))
             waiting = [r for r in self.readers if r.layer == layer] + waiting
             if layer in flushes:
                 now = flushes[layer]
-                most = max(most, layer * kept + self.gradients(waiting) + self.scratch(now))
+                most = max(most, max(below, layer) * kept + self.gradients(waiting) + self.scratch(now))
                 waiting = [r for r in waiting if r not in now]
         return always + most
 

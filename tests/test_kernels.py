@@ -8,10 +8,10 @@ from oracle import relative_error
 from tiny import NAMES, tiny_batch, tiny_model
 from torch import Tensor
 
-from eaptk import Graph, losses
-from eaptk.attribution import forward
+from eaptk import Graph
 from eaptk.capture import Capture, frozen
 from eaptk.kernels import Destination, Norm, Source, contract
+from eaptk.passes import sample_losses
 from eaptk.sites import Sites
 
 HEADS, HEAD_DIM, WIDTH = 3, 5, 12
@@ -181,7 +181,7 @@ def test_half_precision_models_lose_nothing_in_the_contraction(
     model, batch = tiny_model(name, dtype), tiny_batch()
     sites = Sites(model, Graph.from_model(model, granularity))
     with frozen(model), Capture(sites, gradients=True) as run:
-        loss = losses.nll(forward(model, sites, batch), batch)
+        loss = sample_losses(model, sites, batch)
         run.backward(loss.sum() * 2**12)
     operands = run.sources(), run.destinations(), batch.lengths.tolist()
     assert relative_error(contract(*operands), by_definition(*operands)) < 1e-5
