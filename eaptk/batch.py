@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,28 +154,35 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """
     if not samples:
         raise EaptkError("cannot make a batch of no samples")
-    width = max(sample.n_tokens for sample in samples)
-
-    def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-        return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.int64)
-
-    def predicting(answer: Sequence[int], sample: Sample) -> list[int]:
-        return [NO_TARGET] * (len(sample.prompt_ids) - 1) + list(answer)
-
     for name in ("corrupt_ids", "foil_ids"):
         missing = [sample.id for sample in samples if getattr(sample, name) is None]
         if missing and len(missing) < len(samples):
             raise EaptkError(f"sample {missing[0]!r} has no {name} while others of its batch do")
-    corrupt = foils = None
-    if samples[0].corrupt_ids is not None:
-        corrupt = padded([(*s.corrupt_ids, *s.answer_ids[:-1]) for s in samples], 0)  # type: ignore[misc]
-    if samples[0].foil_ids is not None:
-        foils = padded([predicting(s.foil_ids, s) for s in samples], NO_TARGET)  # type: ignore[arg-type]
+    lengths = np.array([s.n_tokens for s in samples], dtype=np.int64)
+    width, fed = lengths.max(), [s.answer_ids[:-1] for s in samples]
+    at_answer = np.array([len(s.prompt_ids) - 1 for s in samples], dtype=np.int64)
+    prompts, corrupts = [s.prompt_ids for s in samples], [s.corrupt_ids for s in samples]
+    foils = [s.foil_ids for s in samples]
     return Batch(
-        ids=padded([(*s.prompt_ids, *s.answer_ids[:-1]) for s in samples], 0),
-        lengths=torch.tensor([s.n_tokens for s in samples]),
-        targets=padded([predicting(s.answer_ids, s) for s in samples], NO_TARGET),
+        ids=_rectangle(_joined(prompts, fed), 0, width, 0),
+        lengths=torch.from_numpy(lengths),
+        targets=_rectangle([s.answer_ids for s in samples], at_answer, width, NO_TARGET),
         names=tuple(s.id for s in samples),
-        corrupt_ids=corrupt,
-        foils=foils,
+        corrupt_ids=None if None in corrupts else _rectangle(_joined(corrupts, fed), 0, width, 0),
+        foils=None if None in foils else _rectangle(foils, at_answer, width, NO_TARGET),
     )
+
+
+def _joined(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [(*a, *b) for a, b in zip(first, second, strict=True)]
+
+
+def _rectangle(rows: Sequence[Any], start: Any, width: int, padding: int) -> Tensor:
+    """Each row from its `start` on, in a table [len(rows), width] of `padding`."""
+    start = np.broadcast_to(start, len(rows))[:, None]
+    end = start + np.array([len(row) for row in rows])[:, None]
+    table = np.full((len(rows), width), padding, dtype=np.int64)
+    position = np.arange(width)
+    # All tokens at once: a loop over them in Python would hold up the thread that feeds the model.
+    table[(start <= position) & (position < end)] = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+    return torch.from_numpy(table)

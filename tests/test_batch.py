@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from eaptk import EaptkError, Graph, attribute
+from eaptk import EaptkError, Graph, Sample, attribute, collate
+from eaptk.batch import NO_TARGET
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,31 @@ def test_autocast_around_the_call_does_not_reach_the_contraction() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = attribute(model, batch, graph).rows
     assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_samples_lie_side_by_side_and_each_answer_token_is_the_target_of_the_position_before_it() -> None:
+    batch = collate(
+        [
+            Sample("a", (1, 2, 3), (4, 5), corrupt_ids=(6, 7, 8), foil_ids=(9, 10)),
+            Sample("b", (11,), (12,), corrupt_ids=(13,), foil_ids=(14,)),
+        ]
+    )
+    no = NO_TARGET
+    assert batch.names == ("a", "b")
+    assert batch.lengths.tolist() == [4, 1]
+    assert batch.ids.tolist() == [[1, 2, 3, 4], [11, 0, 0, 0]]
+    assert batch.targets.tolist() == [[no, no, 4, 5], [12, no, no, no]]
+    assert batch.corrupt_ids.tolist() == [[6, 7, 8, 4], [13, 0, 0, 0]]
+    assert batch.foils.tolist() == [[no, no, 9, 10], [14, no, no, no]]
+
+
+def test_samples_without_corrupt_prompts_or_foils_give_a_batch_without() -> None:
+    batch = collate([Sample("a", (1,), (2,)), Sample("b", (3,), (4,))])
+    assert batch.corrupt_ids is None
+    assert batch.foils is None
+
+
+@pytest.mark.parametrize("field", ["corrupt_ids", "foil_ids"])
+def test_a_batch_of_which_only_some_have_a_field_names_one_that_lacks_it(field: str) -> None:
+    with pytest.raises(EaptkError, match=f"sample 'b' has no {field} while others"):
+        collate([Sample("a", (1,), (2,), **{field: (3,)}), Sample("b", (3,), (4,))])
