@@ -22,6 +22,7 @@ from eaptk import losses
 from eaptk.batch import NO_TARGET, Batch
 from eaptk.capture import Capture, frozen
 from eaptk.contraction import Contraction
+from eaptk.division import flush_limit
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.losses import LOSSES, LossFunction, LossName, Targets
@@ -370,7 +371,8 @@ def _plan(model: nn.Module, sites: Sites, batch: Batch, request: _Request, n_los
     memory = min(map(free_memory, sites.devices))
     if sites.shards is not None:
         memory = sites.shards.smallest(memory, sites.devices[0])
-    return Plan.within(memory, work, request.flush_layers, checkpoint)
+    flush_layers = flush_limit(sites) if request.flush_layers is None else request.flush_layers
+    return Plan.within(memory, work, flush_layers, checkpoint)
 
 
 def _loss_scale(model: nn.Module) -> float:

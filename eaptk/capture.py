@@ -227,8 +227,7 @@ class Capture:
                 owned = {keys[branch]: branch for branch in BRANCHES if modules[branch] is module}
                 self._after(module, self._tap_output(owned))
         elif fused:
-            weights = {f"{name}<{b}>": self.sites.branch_weight(layer, b).flatten(0, 1) for b in BRANCHES}
-            self._after(layer.query, self._split_backward(weights))
+            self._after(layer.query, self._split_backward(layer, name))
         else:
             for branch, module in modules.items():
                 self._tap_input(module, f"{name}<{branch}>")
@@ -288,14 +287,17 @@ class Capture:
 
         return hook
 
-    def _split_backward(self, weights: Mapping[str, Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    def _split_backward(self, layer: LayerSites, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         shards = self.sites.shards
 
         def branches(gradient: Tensor) -> Iterator[Tensor]:
-            for (key, weight), branch in zip(weights.items(), BRANCHES, strict=True):
+            for branch in BRANCHES:
+                # Had only now: of most models it is at hand, of some it is made or brought.
+                weight = self.sites.branch_weight(layer, branch).flatten(0, 1)
                 found = self.sites.branch_values(gradient, branch).flatten(-2) @ weight
-                self.gradients[key] = found if shards is None else shards.sum(found)
-                yield self.gradients[key]
+                found = found if shards is None else shards.sum(found)
+                self.gradients[f"{name}<{branch}>"] = found
+                yield found
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Any:
             return _SplitBackward.apply(args[0], output.detach(), branches)  # type: ignore[no-untyped-call]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from eaptk.kernels import Destination, Norm, Source, contract
 from eaptk.sites import Sites
+from eaptk.weights import at_hand, features
 
-#: Bytes of output projections, made or brought for the purpose, that one part holds.
+#: Bytes of projections made or brought for the purpose, about the most held at a time: of sources, and of destinations.
 BROUGHT = 2**30
 
 
@@ -135,6 +136,24 @@ class Division:
                 source = replace(source, weight=weight)
             ready.append(source)
         return ready
+
+
+def flush_limit(sites: Sites) -> int | None:
+    """Layers whose destinations may be contracted together, so that weights made for them are no more than `BROUGHT`.
+
+    Returns:
+        None if there is no such limit.
+    """
+    if sites.graph.granularity == "block":
+        return None
+    projections = [p for layer in sites.layers for p in (layer.query, layer.key, layer.value)]
+    if sites.shards is None and all(map(at_hand, projections)):
+        return None
+    # A fused projection counts once.
+    shapes = [features(projection) for projection in dict.fromkeys(projections[:3])]
+    size = sum(read * written for read, written in filter(None, shapes))
+    layers = max(1, BROUGHT // max(1, size * sites.dtype.itemsize))
+    return layers if layers < len(sites.layers) else None
 
 
 def _reaches(rows: Tensor, destinations: Sequence[Destination]) -> list[int]:

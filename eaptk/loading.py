@@ -42,12 +42,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 def quiet_transformers() -> None:
     """Standard error is for eaptk's own bar and its one line of error."""
+    import logging as python_logging
+
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    python_logging.getLogger("accelerate").setLevel(python_logging.ERROR)
 
 
 def load_config(name: str | os.PathLike[str]) -> Any:
@@ -164,8 +167,8 @@ def load_model(
     method = _quantisation(config)
     places: dict[str, Any] = {}
     if tensor_parallel:
-        _check_parallel(name, base, method)
-        places["tp_plan"] = "auto"
+        _check_parallel(name, config, base, method)
+        places |= _parallel()
     elif device_map is not None:
         places |= {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
         places |= {} if offload_folder is None else {"offload_folder": str(offload_folder)}
@@ -197,10 +200,14 @@ def load_model(
             f"the checkpoint {source} lacks {len(missing)} weights of a {config.model_type} language model, "
             f"{missing[0]} for one; save the whole model again"
         )
-    if tensor_parallel and not any(is_sharded(parameter) for parameter in model.parameters()):
+    if (
+        tensor_parallel
+        and torch.distributed.get_world_size() > 1
+        and not any(is_sharded(parameter) for parameter in model.parameters())
+    ):
         raise EaptkError(
-            f"transformers has no plan to share a {config.model_type} model out over processes; use device_map, or one "
-            f"whole model a process"
+            f"this transformers has not shared the weights of {source} out over processes; use a newer one, or "
+            f"device_map"
         )
     if not places:
         model = model.to(where)
@@ -232,7 +239,24 @@ def _with_adapter(model: Any, name: str | os.PathLike[str]) -> Any:
     return adapted
 
 
-def _check_parallel(name: str | os.PathLike[str], base: str | None, method: str | None) -> None:
+def _parallel() -> dict[str, Any]:
+    """How transformers is asked for tensor parallelism, over all processes."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
+        size = int(os.environ["WORLD_SIZE"]) if world is None else world
+        return {"distributed_config": DistributedConfig(tp_size=size, tp_plan="auto")}
+    except (ImportError, TypeError):  # before 5.18
+        return {"tp_plan": "auto"}
+
+
+def _check_parallel(name: str | os.PathLike[str], config: Any, base: str | None, method: str | None) -> None:
+    if not getattr(config, "base_model_tp_plan", None):
+        raise EaptkError(
+            f"transformers has no plan to share a {config.model_type} model out over processes; use device_map, or one "
+            f"whole model a process"
+        )
     if base is not None or method is not None:
         what = "an adapter" if base is not None else "quantised"
         raise EaptkError(
