@@ -20,6 +20,7 @@ _HOME = {
     "EaptkError": "errors",
     "EdgeScores": "attribution",
     "Graph": "graph",
+    "Keep": "keep",
     "Node": "graph",
     "Run": "store",
     "Sample": "batch",
@@ -42,6 +43,7 @@ _HOME = {
     "score": "run",
     "select": "selection",
     "source_means": "attribution",
+    "strongest": "edges",
 }
 
 __all__ = sorted(_HOME)

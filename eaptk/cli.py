@@ -287,14 +287,14 @@ def metrics(
     found = [
         measure(opened, dense=convention, bins=bins, upper=upper) for convention in (False, True)[: 1 + dense]
     ]
-    Console().print(_metrics_table(str(run), found))
+    kept = "" if opened.keep.whole and opened.keep.top is None else f" ({opened.keep.description})"
+    Console().print(_metrics_table(f"{run}{kept}", found))
     if json_file is not None:
         _write_json(json_file, {("dense" if m.dense else "real"): m.to_dict() for m in found})
     if picture is not None:
-        from eaptk.figures import save_figure, strength_figure
+        from eaptk.figures import run_figure, save_figure
 
-        figure = strength_figure(opened.graph, found[0].strength, title=f"mean |W|: {opened.path.name}")
-        print("wrote", *save_figure(figure, picture))
+        print("wrote", *save_figure(run_figure(opened, found[0]), picture))
 
 
 @app.command()

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
-from eaptk.metrics import METRICS, Metrics, agreed_histogram, measure
-from eaptk.pairing import PairedRun, pair, run_names
+from eaptk.metrics import METRICS, Metrics, agreed_histogram, measure, stored_places
+from eaptk.pairing import PairedRun, pair, run_names, shared_columns
 from eaptk.resampling import (
     AT_EQUAL_LOSS,
     Contributions,
@@ -63,8 +63,8 @@ class Comparison:
         ablation: theirs.
         differences: for each run but the first, each metric, after it the same metric at equal loss if that
             was asked for, and the loss. A metric that is undefined for want of two samples whose scores
-            vary is left out, and so is diversity where a run keeps no rows: without each sample's correlation
-            there is neither interval nor test.
+            vary is left out, and so is diversity where a run keeps no rows, or each sample's strongest edges alone:
+            without each sample's correlation there is neither interval nor test.
         sample_ids: [n] of the shared samples.
         n_dropped: [k], finished samples of each run that others lack.
         n_unfinished: [k], samples of each run that are not done.
@@ -110,7 +110,7 @@ class Comparison:
 
     def edges_frame(self) -> pandas.DataFrame:
         """One row an edge: the graph's columns, mean |W| of each run, relative change of each but the first."""
-        frame = self.graph.to_frame().iloc[self.metrics[0].columns].reset_index(drop=True)
+        frame = self.graph.to_frame(self.metrics[0].columns)
         for name, metrics in zip(self.names, self.metrics, strict=True):
             frame[f"strength {name}"] = metrics.strength
         for k, name in enumerate(self.names[1:], start=1):
@@ -232,7 +232,8 @@ def compare(
         runs: two or more; the first is the baseline.
         names: of the runs; default: their folders'.
         ids: compare only these samples; None for all.
-        columns, dense, bins, upper, log_base: as for `eaptk.metrics.measure`; `upper` None for the largest
+        columns: as for `eaptk.metrics.measure`; None for all edges that every run kept.
+        dense, bins, upper, log_base: as for `eaptk.metrics.measure`; `upper` None for the largest
             |W| in any of the runs, or for the range that a run without rows was scored with.
         resampling: see there.
         control_loss: also report intensity and kurtosis at equal loss (see `eaptk.resampling`), corrected
@@ -247,10 +248,12 @@ def compare(
     names = run_names(runs, names)
     pairing = pair(runs, names, ids)
     rows, groups = pairing.rows, pairing.groups
+    columns, kept_note = shared_columns(runs, columns)
     bins, upper = agreed_histogram(runs, bins, upper)
     if upper is None:
         tops = [
-            sweep(run.scores, index, columns).max_abs.max() for run, index in zip(runs, rows, strict=True)
+            sweep(run.scores, index, stored_places(run, columns)).max_abs.max()
+            for run, index in zip(runs, rows, strict=True)
         ]
         upper = float(max(tops)) or None
     options: dict[str, Any] = {
@@ -307,6 +310,7 @@ def compare(
         resampling=resampling,
         notes=(
             *pairing.notes,
+            *kept_note,
             *_notes(pairing.n_groups, names, sides if control_loss else []),
             *_notes_without_rows(runs, names, metrics, varying),
         ),
@@ -336,6 +340,11 @@ def _notes_without_rows(
     metrics: Sequence[Metrics],
     varying: Sequence[Metrics | None],
 ) -> list[str]:
+    if runs[0].top_columns is not None:
+        return [
+            f"each sample kept its {runs[0].top_columns.shape[1]:,} strongest edges: metrics are of these alone, there "
+            f"is no diversity, and mean |W| is known of edges that every sample kept"
+        ]
     without = [name for run, name in zip(runs, names, strict=True) if run.histogram is not None]
     if not without:
         return []

@@ -1,7 +1,7 @@
 """Pictures of a run's edges and of a comparison (matplotlib, no global state, no display needed).
 
 Rows of a heatmap are sources in order of writing, columns destinations in order of reading. Pairs without an
-edge are grey, as are edges that were not measured, and changes of edges that hold nothing but rounding.
+edge are grey, as are edges that were not kept or measured, and changes of edges that hold nothing but rounding.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from matplotlib.figure import Figure, SubFigure
 from eaptk.comparison import NOISE, Comparison, relative_change
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph, Node
+from eaptk.metrics import Metrics
 from eaptk.resampling import AT_EQUAL_LOSS
-from eaptk.sweep import Doubles, Integers
+from eaptk.store import Run
+from eaptk.sweep import Doubles, Integers, weighted_column_sums
 
 _NO_EDGE = "#e9e9ec"
 INK = "#333340"
@@ -61,8 +63,37 @@ def strength_figure(
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()
         matrix = edge_matrix(graph, strength, columns)
-        strength_panel(axes, graph, matrix, strength_scale([matrix]), title)
+        strength_panel(axes, graph, matrix, strength_scale([matrix]), title, _not_kept(graph, columns))
         strength_bar(figure, [axes])
+        return figure
+
+
+def run_figure(run: Run, metrics: Metrics) -> Figure:
+    """Heatmap of a run's mean |W| over the samples that were measured.
+
+    Of a run that kept each sample's strongest edges over all that are done, of each edge over those that kept it; of
+    sums over pairs of layers |ΣW| and Σ|W|, side by side.
+    """
+    name = run.path.name
+    if run.top_columns is not None:
+        means = run.edge_means()
+        title = f"mean |W| over the samples that kept the edge: {name}"
+        return strength_figure(run.graph, means.absolute, means.columns, title)
+    if not run.keep.layer_pairs:
+        return strength_figure(run.graph, metrics.strength, metrics.columns, f"mean |W|: {name}")
+    uniform = np.full((1, metrics.n_samples), 1 / metrics.n_samples)
+    sums = weighted_column_sums(run.absolute().scores, uniform, metrics.rows, absolute=True)[0]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 5.4), layout="constrained")
+        for axes, values, what in zip(
+            figure.subplots(1, 2), (metrics.strength, sums), ("|ΣW|", "Σ|W|"), strict=True
+        ):
+            matrix = edge_matrix(run.graph, values, metrics.columns)
+            note = _not_kept(run.graph, metrics.columns)
+            strength_panel(
+                axes, run.graph, matrix, strength_scale([matrix]), f"mean {what} between layers: {name}", note
+            )
+            strength_bar(figure, [axes], f"mean {what}")
         return figure
 
 
@@ -83,7 +114,7 @@ def change_figure(
         axes = figure.subplots()
         matrix = edge_matrix(graph, relative_change(baseline, strength), columns)
         limit = change_limit([matrix])
-        change_panel(axes, graph, matrix, limit, title, grey_means(None))
+        change_panel(axes, graph, matrix, limit, title, grey_means(None, _not_kept(graph, columns)))
         change_bar(figure, [axes], limit)
         return figure
 
@@ -95,6 +126,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     direction is unresolved, and missing where it has none.
     """
     graph, names, columns = comparison.graph, comparison.names, comparison.metrics[0].columns
+    not_kept = _not_kept(graph, columns)
     strengths = [edge_matrix(graph, metrics.strength, columns) for metrics in comparison.metrics]
     changes = [edge_matrix(graph, comparison.relative_change(k), columns) for k in range(1, len(names))]
     scale, limit = strength_scale(strengths), change_limit(changes)
@@ -106,12 +138,12 @@ def comparison_figure(comparison: Comparison) -> Figure:
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.7 * rows, low])[:, 0]
         panels = np.atleast_2d(above.subplots(rows, width))
         for axes, matrix, name in zip(panels[0], strengths, names, strict=False):
-            strength_panel(axes, graph, matrix, scale, f"mean |W|: {name}")
+            strength_panel(axes, graph, matrix, scale, f"mean |W|: {name}", not_kept)
         strength_bar(above, list(panels[0][: len(names)]))
         change_panels = panels[0][2:] if rows == 1 else panels[1][1:]
         for axes, matrix, name in zip(change_panels, changes, names[1:], strict=True):
             change = f"relative change: {names[0]} → {name}"
-            change_panel(axes, graph, matrix, limit, change, grey_means(comparison.ablation))
+            change_panel(axes, graph, matrix, limit, change, grey_means(comparison.ablation, not_kept))
         change_bar(above, list(change_panels), limit)
         if rows == 2:
             panels[1][0].set_axis_off()
@@ -161,10 +193,13 @@ def change_limit(matrices: Sequence[Doubles]) -> float:
     return float(np.percentile(sizes, _CLIP_PERCENTILE)) or 1.0 if len(sizes) else 1.0
 
 
-def strength_panel(axes: Axes, graph: Graph, matrix: Doubles, scale: LogNorm, title: str) -> None:
-    """A heatmap of mean |W|."""
+def strength_panel(
+    axes: Axes, graph: Graph, matrix: Doubles, scale: LogNorm, title: str, note: str | None = None
+) -> None:
+    """A heatmap of mean |W|; `note` says what is grey, where that is more than pairs without an edge."""
     # An edge of strength 0 is an edge: it takes the lowest colour, where a logarithm would blank it.
     _heatmap(axes, graph, np.maximum(matrix, scale.vmin or 0), "viridis", scale, title)
+    _note(axes, note)
 
 
 def change_panel(
@@ -172,22 +207,33 @@ def change_panel(
 ) -> None:
     """A heatmap of changes; `note` says what is grey, see `grey_means`."""
     _heatmap(axes, graph, matrix, "RdBu_r", Normalize(-limit, limit), title)
+    _note(axes, note)
+
+
+def _note(axes: Axes, note: str | None) -> None:
     if note is not None:
         # Destinations that read little come first and sources that are read little last: this corner is empty.
         axes.text(0.02, 0.02, note, transform=axes.transAxes, fontsize=7)
 
 
-def grey_means(ablation: str | None) -> str:
+def grey_means(ablation: str | None, not_kept: str | None = None) -> str:
     """Why a change has no colour, a reason a line."""
     noise = f"below {NOISE:.2%} of the largest strength in both"
     zero = "\nor, under zero ablation, input → a0: zero by identity" if ablation == "zero" else ""
-    return f"grey: no edge, or {noise}{zero}"
+    return ("grey: no edge, " if not_kept is None else f"{not_kept}\n") + f"or {noise}{zero}"
 
 
-def strength_bar(figure: Figure | SubFigure, axes: list[Axes]) -> None:
+def _not_kept(graph: Graph, columns: Integers | None) -> str | None:
+    """What is grey where some edges alone are drawn."""
+    if columns is None or len(columns) == graph.n_edges:
+        return None
+    return f"grey: no edge, or not kept: {len(columns):,} of {graph.n_edges:,} edges are"
+
+
+def strength_bar(figure: Figure | SubFigure, axes: list[Axes], label: str = "mean |W|") -> None:
     """The colours of `strength_panel`, beside the panels that share them."""
     bar = figure.colorbar(axes[0].images[0], ax=axes, extend="min", pad=0.02, fraction=0.05, aspect=30)
-    bar.set_label("mean |W|")
+    bar.set_label(label)
     bar.outline.set_visible(False)
 
 
@@ -212,7 +258,7 @@ def _heatmap(axes: Axes, graph: Graph, matrix: Doubles, colours: str, scale: Nor
 def node_ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
     """Name every node of a small graph; else number the layers, with a minor tick at each boundary."""
     axis.set_tick_params(length=0)
-    if graph.granularity == "block" and graph.n_layers <= _NAMED_LAYERS:
+    if graph.granularity != "head" and graph.n_layers <= _NAMED_LAYERS:
         axis.set_label_text(role)
         axis.set_ticks(
             range(len(nodes)), [node.name for node in nodes], rotation=90 if role == "destination" else 0

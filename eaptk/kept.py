@@ -33,6 +33,12 @@ class EdgeMeans(NamedTuple):
     columns: Integers
     n_samples: Integers
 
+    @property
+    def total(self) -> Doubles:
+        """Σ|W| over the samples that kept the edge."""
+        total: Doubles = self.absolute * self.n_samples
+        return total
+
 
 @dataclass(frozen=True)
 class KeptScores:
@@ -91,7 +97,7 @@ class KeptScores:
     def top(self, k: int = 20) -> list[tuple[str, float]]:
         """The `k` edges of largest Σ|W| over the samples, as (``source→destination``, mean W where kept)."""
         means = self.means()
-        order = np.argsort(-means.absolute * means.n_samples, kind="stable")[:k]
+        order = np.argsort(-means.total, kind="stable")[:k]
         return [
             (self.graph.edge_name(int(means.columns[place])), float(means.signed[place])) for place in order
         ]

@@ -16,6 +16,11 @@ matrix as well (``dense=True`` here): they are merged into the moments and bin 0
 The diversity needs no Gram matrix: with z_i the centred row of unit length and S = Σ_i z_i, the mean
 correlation is (|S|² − n) / (n(n − 1)). So a run that keeps statistics in place of its rows has the same metrics;
 what it lacks is said at `Metrics`.
+
+Of a run that kept some edges, these alone are measured, as they would be in a run with all. Where each sample kept its
+k strongest, intensity, complexity and kurtosis are those of its k scores; samples then hold different edges, of which
+the others are unknown and not 0, so there is no correlation of samples, and no mean |W| of most edges. Sums over pairs
+of layers are measured as scores of one edge between two layers, which by linearity they are.
 """
 
 from __future__ import annotations
@@ -63,6 +68,10 @@ class ScoredRun(Protocol):
     def histogram(self) -> Histogram | None: ...
     @property
     def statistics(self) -> Statistics | None: ...
+    @property
+    def columns(self) -> Integers: ...
+    @property
+    def top_columns(self) -> npt.NDArray[Any] | None: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ class Metrics:
     """The metrics of a run, or of some of its samples and edges; see the module for definitions.
 
     A run without rows has no `sample_correlation`, and of a part of its finished samples no `diversity`,
-    `strength`, `source_entropy` and `output_entropy`: these are None or NaN there.
+    `strength`, `source_entropy` and `output_entropy`: these are None or NaN there. A run of each sample's strongest
+    edges has none of the five, but the `strength` of edges that every measured sample kept.
 
     Args:
         dense: whether structural zeros are counted.
@@ -86,7 +96,7 @@ class Metrics:
         diversity: None with fewer than two samples that are not constant.
         output_entropy: mean of `source_entropy`; None if no source has outgoing strength.
         rows: [n] indices of the measured samples in the run.
-        columns: [e] indices of the measured edges.
+        columns: [e] indices of the measured edges, or of those that each sample's strongest were chosen from.
         sample_intensity: [n].
         sample_kurtosis: [n], NaN for constant samples.
         sample_correlation: [n], mean correlation with the other samples, NaN for constant samples.
@@ -140,31 +150,40 @@ def measure(
 
     Args:
         rows: indices or a boolean mask of samples; None for all.
-        columns: indices or a boolean mask of edges; None for all.
+        columns: indices or a boolean mask of edges of the graph, which the run kept; None for all it kept.
         dense: count structural zeros too: all pairs of a source and a destination that are no edge, among
-            the sources and the destinations that `columns` touches.
+            the sources and the destinations that the measured edges touch.
         bins, upper: the histogram's; None for 100 and the largest |W| measured, or for those that a run
             without rows was scored with. Entropies of two measurements compare only if both are the same.
         log_base: of the entropies.
         backend: see `eaptk.sweep`.
 
     Raises:
-        EaptkError: nothing to measure, a score is NaN or infinite, all scores are 0 and `upper` is None; or a
-            run without rows is asked for some of its edges, or for another histogram than its own.
+        EaptkError: nothing to measure, a score is NaN or infinite, all scores are 0 and `upper` is None; a run is
+            asked for edges it did not keep; a run without rows for some of its edges, or for another histogram than
+            its own; or one of each sample's strongest edges for some edges or for structural zeros.
     """
     if not (log_base > 0 and log_base != 1 and math.isfinite(log_base)):
         raise EaptkError(f"log_base is {log_base}; it must be positive and not 1")
     kept = run.statistics
     row_index, n_unfinished = _finished(run.path, run.done if kept is None else kept.done, rows)
-    column_index = _edge_columns(run.graph, columns)
+    column_index = run.columns if columns is None else _edge_columns(run.graph, columns)
+    places = stored_places(run, column_index)
     bins, upper = agreed_histogram([run], bins, upper)
-    source: _Rows | _Summaries
-    if kept is None:
-        source = _Rows(run.scores, row_index, None if columns is None else column_index, backend)
-    elif columns is None:
-        source = _Summaries(kept, row_index, dense)
-    else:
+    source: _Rows | _Strongest | _Summaries
+    if kept is None and run.top_columns is None:
+        source = _Rows(run.scores, row_index, places, backend)
+    elif places is not None:
         raise EaptkError(f"run {run.path} keeps no rows, so no part of its edges can be measured")
+    elif kept is not None:
+        source = _Summaries(kept, row_index, dense)
+    elif dense:
+        raise EaptkError(
+            f"run {run.path} kept each sample's strongest edges: zeros of the dense convention say nothing beside "
+            f"edges that are unknown; measure real edges, or score again with the same edges for all samples"
+        )
+    else:
+        source = _Strongest(run, row_index, column_index, backend)
     if upper is None:
         upper = float(source.sweep().max_abs.max())
         if upper == 0:
@@ -224,6 +243,30 @@ def entropy(weights: npt.ArrayLike, log_base: float = math.e) -> Doubles:
     # −(1·log 1) is −0.0 and would be printed so; adding 0 drops the sign.
     result: Doubles = -(p * logs).sum(-1) / math.log(log_base) + 0.0
     return result
+
+
+def stored_places(run: ScoredRun, columns: Integers) -> Integers | None:
+    """Where a run's rows hold edges of its graph, ascending and unique; None if these are all it holds, in order.
+
+    Raises:
+        EaptkError: it did not keep one of them.
+    """
+    stored = run.columns
+    if len(columns) == len(stored) and np.array_equal(columns, stored):
+        return None
+    if run.top_columns is not None:
+        raise EaptkError(
+            f"run {run.path} kept each sample's strongest edges, which differ, so no part of its edges can be "
+            f"measured; score it again with the edges to measure"
+        )
+    places = np.minimum(np.searchsorted(stored, columns), len(stored) - 1)
+    missing = columns[stored[places] != columns]
+    if len(missing):
+        raise EaptkError(
+            f"run {run.path} kept {len(stored):,} of {run.graph.n_edges:,} edges, {run.graph.edge_name(missing[0])} "
+            f"not among them; measure edges that it kept, or score it again with more"
+        )
+    return places
 
 
 def agreed_histogram(
@@ -287,6 +330,31 @@ class _Rows:
         return weighted_column_sums(
             self.scores, weights, rows, self.columns, absolute=absolute, backend=self.backend
         )[0]
+
+
+@dataclass(frozen=True)
+class _Strongest:
+    """Some rows of a run that kept each sample's strongest edges, of those that it chose from."""
+
+    run: ScoredRun
+    rows: Integers
+    columns: Integers
+    backend: Backend
+
+    def sweep(self, bins: int | None = None, upper: float | None = None) -> Sweep:
+        return sweep(self.run.scores, self.rows, bins=bins, upper=upper, backend=self.backend)
+
+    def strength(self) -> Doubles:
+        """[e]: mean |W| of edges that every sample kept, NaN for others."""
+        assert self.run.top_columns is not None
+        places = np.searchsorted(self.columns, self.run.top_columns[self.rows].ravel())
+        n_samples = np.bincount(places, minlength=len(self.columns))
+        sizes = np.abs(self.run.scores[self.rows].astype(np.float64)).ravel()
+        total = np.bincount(places, sizes, minlength=len(self.columns))
+        return np.where(n_samples == len(self.rows), total / len(self.rows), np.nan)
+
+    def correlations(self, swept: Sweep, varies: npt.NDArray[np.bool_]) -> tuple[Doubles, None]:
+        return np.full(len(self.rows), np.nan), None
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from eaptk.errors import EaptkError
 from eaptk.metrics import ScoredRun
-from eaptk.sweep import Doubles, Integers
+from eaptk.sweep import Doubles, Integers, indices
 
 if TYPE_CHECKING:
     import pyarrow
 
 #: What two runs must share to be comparable, as keys of the manifest.
-_MUST_AGREE = ("ablation", "loss", "cut", "max_new_tokens")
+_MUST_AGREE = ("ablation", "loss", "cut", "max_new_tokens", "sums")
 
 
 class PairedRun(ScoredRun, Protocol):
@@ -130,18 +131,52 @@ def pair(runs: Sequence[PairedRun], names: Sequence[str], ids: Collection[str] |
     return Pairing(tuple(shared), rows, groups, _notes(runs, names))
 
 
+def shared_columns(
+    runs: Sequence[PairedRun], columns: npt.ArrayLike | None
+) -> tuple[Integers, tuple[str, ...]]:
+    """The edges to compare, `columns` or all that every run kept, and a note if a run kept others as well.
+
+    Raises:
+        EaptkError: there are none.
+    """
+    if columns is not None:
+        return np.unique(indices(columns, runs[0].graph.n_edges, "edge")), ()
+    shared = runs[0].columns
+    for run in runs[1:]:
+        if not np.array_equal(shared, run.columns):
+            if run.top_columns is not None:
+                raise EaptkError(
+                    f"the strongest edges of a sample were chosen from {len(shared):,} in {runs[0].path} and from "
+                    f"others in {run.path}; score both alike to compare them"
+                )
+            shared = np.intersect1d(shared, run.columns, assume_unique=True)
+    if not len(shared):
+        raise EaptkError(
+            f"runs {' and '.join(str(run.path) for run in runs)} kept no edge in common; score them with the same"
+        )
+    if all(len(run.columns) == len(shared) for run in runs):
+        return shared, ()
+    kept = ", ".join(f"{len(run.columns):,} ({run.path})" for run in runs)
+    return shared, (f"compared on the {len(shared):,} edges that all runs kept; they kept {kept}",)
+
+
 def _check_comparable(runs: Sequence[PairedRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
         for name, ours, theirs in [
             *((key, first.manifest.get(key), run.manifest.get(key)) for key in _MUST_AGREE),
             ("graph", first.graph.to_dict(), run.graph.to_dict()),
+            ("strongest edges kept of a sample", _n_strongest(first), _n_strongest(run)),
         ]:
             if ours != theirs:
                 raise EaptkError(
                     f"runs differ in {name}: {first.path} has {_changed(ours, theirs)}, "
                     f"{run.path} has {_changed(theirs, ours)}; score both alike to compare them"
                 )
+
+
+def _n_strongest(run: PairedRun) -> int | None:
+    return None if run.top_columns is None else run.top_columns.shape[1]
 
 
 def _changed(value: Any, other: Any) -> str:

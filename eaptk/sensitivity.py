@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from eaptk.comparison import Comparison
 from eaptk.errors import EaptkError
 from eaptk.experiment import Sensitivity
-from eaptk.metrics import Metrics, ScoredRun, entropy
+from eaptk.metrics import Metrics, ScoredRun, entropy, stored_places
 from eaptk.sweep import sweep
 
 #: Ends of the histogram, as shares of where the comparison's own ends.
@@ -53,10 +53,9 @@ def complexity_sensitivity(
 def _complexity(run: ScoredRun, measured: Metrics, bins: int, upper: float) -> float:
     if run.statistics is not None:
         raise EaptkError(f"run {run.path} keeps no rows, so it has no other histogram than its own")
-    n_edges = len(measured.columns)
-    columns = None if n_edges == run.graph.n_edges else measured.columns
-    swept = sweep(run.scores, measured.rows, columns, bins=bins, upper=upper)
-    histogram = swept.with_zeros(measured.n_entries - n_edges).histogram
+    places = stored_places(run, measured.columns)
+    swept = sweep(run.scores, measured.rows, places, bins=bins, upper=upper)
+    histogram = swept.with_zeros(measured.n_entries - int(swept.count[0])).histogram
     assert histogram is not None
     if not histogram.any():
         raise EaptkError(

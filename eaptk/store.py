@@ -37,7 +37,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -52,8 +52,10 @@ from eaptk.errors import EaptkError
 from eaptk.files import DAMAGED, differences_between, explained, read_table, whole_file, write_table
 from eaptk.graph import Graph
 from eaptk.journal import append_journal, read_journal
-from eaptk.statistics import Histogram, Statistics, Summary
-from eaptk.sweep import Doubles, weighted_column_sums
+from eaptk.keep import Entries, Keep
+from eaptk.kept import EdgeMeans, KeptScores
+from eaptk.statistics import Histogram, Statistics
+from eaptk.sweep import Doubles, Integers, indices, weighted_column_sums
 
 SCHEMA = 2
 
@@ -61,7 +63,10 @@ SCHEMA = 2
 _UNMATCHED = ("provenance", "model.id")
 
 #: Keys that say nothing of the model's own answers: while no row is done these may change and answers are kept.
-_NO_MATTER_TO_ANSWERS = ("tokens_per_batch", "graph", "ablation", "row_dtype", "metrics_only")
+_NO_MATTER_TO_ANSWERS = (
+    *("tokens_per_batch", "graph", "ablation"),
+    *("row_dtype", "metrics_only", "edges", "top", "layer_pairs"),
+)
 
 #: Answers of the model's own, before the run begins: those of each process in a file.
 _ANSWERS = "answers{}.jsonl"
@@ -73,10 +78,6 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _COMMIT_SHARE = 0.05
 
 
-#: What is kept of a batch; see `RunWriter.write`.
-Entries = npt.NDArray[Any] | Mapping[str, npt.NDArray[Any]] | Summary
-
-
 @dataclass(frozen=True)
 class Run:
     """A run directory, opened for reading. It may still be growing: `done` says which rows to use.
@@ -84,12 +85,15 @@ class Run:
     Args:
         path: the directory.
         manifest: the content of manifest.json.
-        graph: the graph whose edges were scored, in the order of the columns of `scores`.
+        keep: what is kept of each sample.
+        graph: the graph whose edges `columns` number: the one that was scored, or of its layers (`Graph.layers`).
     """
 
     path: Path
     manifest: dict[str, Any]
-    graph: Graph
+    keep: Keep
+    #: Which array `scores` is.
+    _array: str = "scores"
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Run:
@@ -105,13 +109,17 @@ class Run:
             raise EaptkError(
                 f"{path} is not a run (no manifest.json); `eaptk score … --out {path}` makes one"
             )
-        run = cls(path, manifest, Graph.from_dict(manifest["graph"]))
+        run = cls(path, manifest, _layout(path, manifest)[0])
         if not run._content.begun:
             raise EaptkError(f"run {path} has no row yet; repeat the score command that made it")
         # A broken file is refused here, not in the middle of an analysis.
         run._content.check()
-        _ = run.samples
+        _ = run.samples, run.columns
         return run
+
+    @property
+    def graph(self) -> Graph:
+        return self.keep.kept_graph
 
     @property
     def n_samples(self) -> int:
@@ -126,43 +134,97 @@ class Run:
     def _content(self) -> Rows | Summaries:
         return _layout(self.path, self.manifest)[2]
 
-    @cached_property
-    def scores(self) -> npt.NDArray[Any]:
-        """[n_samples, n_edges], memory-mapped and read-only; rows that are not `done` are meaningless.
-
-        Raises:
-            EaptkError: the run keeps no rows, as it was scored for metrics only.
-        """
+    def _rows(self) -> Rows:
         if isinstance(self._content, Summaries):
             raise EaptkError(
                 f"run {self.path} keeps no rows, only statistics for metrics; "
                 f"score it again without metrics-only, into another folder"
             )
-        return self._content.read()["scores"]
+        return self._content
+
+    @cached_property
+    def scores(self) -> npt.NDArray[Any]:
+        """[n_samples, m], memory-mapped and read-only; rows that are not `done` are meaningless.
+
+        A column for each of `columns`; of each sample's strongest edges, the strongest first, for each of its
+        `top_columns`; of sums over layer pairs ΣW.
+
+        Raises:
+            EaptkError: the run keeps no rows, as it was scored for metrics only.
+        """
+        return self._rows().read()[self._array]
+
+    @cached_property
+    def columns(self) -> Integers:
+        """[m]: the edges of `graph` that are kept, ascending; where each sample keeps its strongest, all these are
+        chosen from.
+        """
+        if self.keep.whole:
+            return np.arange(self.graph.n_edges)
+        path = self.path / "edges.parquet"
+        columns: Integers = read_table(path)["column"].to_numpy().astype(np.int64)
+        if not self.keep.is_of(columns):
+            raise EaptkError(f"{path} lists other edges than the manifest says; {DAMAGED}")
+        return columns
+
+    @cached_property
+    def top_columns(self) -> npt.NDArray[np.int32] | None:
+        """[n_samples, k]: the edges of `scores` where each sample keeps its strongest, memory-mapped; else None."""
+        return None if self.keep.top is None else self._rows().read()["columns"]
+
+    def absolute(self) -> Run:
+        """The same run, of sums over layer pairs, with Σ|W| in place of ΣW as its `scores`.
+
+        Raises:
+            EaptkError: the run keeps no such sums.
+        """
+        if not self.keep.layer_pairs:
+            raise EaptkError(
+                f"run {self.path} kept no sums over layer pairs; score it again with layer_pairs"
+            )
+        # Runs are compared by their manifests: sums of either kind do not compare with the other.
+        return replace(self, manifest={**self.manifest, "sums": "absolute"}, _array="absolute")
+
+    def kept(self, rows: npt.ArrayLike | None = None) -> KeptScores:
+        """What was stored of some samples (None: of all that are done), with names, matrices, tables and graphs.
+
+        Raises:
+            EaptkError: there is no such sample, or the run keeps no rows.
+        """
+        chosen = np.flatnonzero(self.done) if rows is None else indices(rows, self.n_samples, "sample")
+        arrays = {name: array[chosen] for name, array in self._rows().read().items()}
+        columns = arrays.get("columns", self.columns)
+        return KeptScores(arrays["scores"], columns, self.graph, chosen, arrays.get("absolute"))
 
     @property
     def histogram(self) -> Histogram | None:
         """The bins a run without rows was counted in; None for one with rows, which any bins can count."""
-        return _histogram(self.manifest)
+        return self.keep.histogram
 
     @property
     def statistics(self) -> Statistics | None:
         """What a run without rows keeps, as of now; None for a run with rows."""
-        return self._content.read() if isinstance(self._content, Summaries) else None
+        if not isinstance(self._content, Summaries):
+            return None
+        return replace(self._content.read(), columns=None if self.keep.whole else self.columns)
 
     @property
     def done(self) -> npt.NDArray[np.uint8]:
         """[n_samples]: 1 where the row is complete, as of now."""
         return self._content.done
 
-    def edge_means(self) -> tuple[Doubles, Doubles]:
-        """[n_edges] each: mean |W| and mean W over the samples that are done, of which there must be one."""
-        if (kept := self.statistics) is not None:
-            return kept.means()
+    def edge_means(self) -> EdgeMeans:
+        """Mean |W| and mean W of each edge over the samples that are done, of which there must be one."""
+        if self.top_columns is not None:
+            return self.kept().means()
         rows = np.flatnonzero(self.done)
+        n_samples = np.full(len(self.columns), len(rows))
+        if (kept := self.statistics) is not None:
+            return EdgeMeans(*kept.means(), self.columns, n_samples)
         uniform = np.full((1, len(rows)), 1 / len(rows))
         absolute = weighted_column_sums(self.scores, uniform, rows, absolute=True)[0]
-        return absolute, weighted_column_sums(self.scores, uniform, rows)[0]
+        signed = weighted_column_sums(self.scores, uniform, rows)[0]
+        return EdgeMeans(absolute, signed, self.columns, n_samples)
 
     @property
     def samples(self) -> pa.Table:
@@ -212,6 +274,7 @@ class RunWriter:
         path: the directory; made if it is not there.
         manifest: what is to be run, without ``schema``. Keys the store reads: ``graph``, ``dataset.samples`` and
             those of `Keep.to_dict`.
+        keep: what is kept, where not of all edges: a manifest does not hold their columns. None: what it says.
         lead: whether this process leads, as one alone does.
         rank: number of this process, which tells its answers from those of others.
         job: what tells the processes of this job from those of others; the same for all of it. Without it a process
@@ -229,14 +292,16 @@ class RunWriter:
         path: str | os.PathLike[str],
         manifest: Mapping[str, Any],
         *,
+        keep: Keep | None = None,
         lead: bool = True,
         rank: int = 0,
         job: str = "",
     ) -> None:
         self.path = Path(path)
-        self.manifest = {"schema": SCHEMA, **manifest}
+        self.manifest = {"schema": SCHEMA, **manifest, **({} if keep is None else keep.to_dict())}
         self.lead, self._rank, self._job = lead, rank, job
-        self.graph, self.n_samples, self._content = _layout(self.path, self.manifest)
+        self._keep, self.n_samples, self._content = _layout(self.path, self.manifest)
+        self._keep = self._keep if keep is None else keep
         self._loss = _losses(self.path, self.n_samples)
         self._open_files = contextlib.ExitStack()
         self._is_open = self._written = False
@@ -461,8 +526,7 @@ class RunWriter:
                     array.reserve(files.enter_context(whole_file(array.path)))
                 with whole_file(self.path / "manifest.json") as manifest:
                     manifest.write_text(json.dumps(self.manifest, indent=2) + "\n")
-            edges = pa.Table.from_pandas(self.graph.to_frame(), preserve_index=False)
-            write_table(self.path / "edges.parquet", edges.replace_schema_metadata(None))
+            write_table(self.path / "edges.parquet", self._keep.table())
 
     def _open_arrays(self) -> None:
         with explained(self.path):
@@ -497,18 +561,13 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _layout(path: Path, manifest: Mapping[str, Any]) -> tuple[Graph, int, Rows | Summaries]:
-    """What a manifest says of a run's files: graph, number of samples, and what is kept of each."""
-    graph, n_samples = Graph.from_dict(manifest["graph"]), int(manifest["dataset"]["samples"])
-    dtype, histogram = np.dtype(manifest["row_dtype"]), _histogram(manifest)
-    if histogram is None:
-        return graph, n_samples, Rows(path, n_samples, {"scores": (graph.n_edges, dtype)})
-    return graph, n_samples, Summaries(path, n_samples, graph, histogram, graph.n_edges)
-
-
-def _histogram(manifest: Mapping[str, Any]) -> Histogram | None:
-    kept = manifest.get("metrics_only")
-    return None if kept is None else Histogram(**kept)
+def _layout(path: Path, manifest: Mapping[str, Any]) -> tuple[Keep, int, Rows | Summaries]:
+    """What a manifest says of a run's files: what is kept of each sample, and how many there are."""
+    keep = Keep.from_dict(manifest, Graph.from_dict(manifest["graph"]))
+    n_samples = int(manifest["dataset"]["samples"])
+    if keep.histogram is None:
+        return keep, n_samples, Rows(path, n_samples, keep.arrays)
+    return keep, n_samples, Summaries(path, n_samples, keep.graph, keep.histogram, keep.n_edges)
 
 
 def _losses(path: Path, n_samples: int) -> SampleArray:

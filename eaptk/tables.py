@@ -35,11 +35,9 @@ def run_facts(run: Run) -> Table:
             found = found[key]
         return found
 
-    graph, done, samples = run.graph, run.done == 1, run.samples
+    graph, done, samples = run.keep.graph, run.done == 1, run.samples
     n_prompt, n_answer = (int(sum(samples[f"n_{part}_tokens"].to_pylist())) for part in ("prompt", "answer"))
     cut = f", cut {fact('cut')}" if fact("cut") else ""
-    kept = run.histogram
-    stored = fact("row_dtype") if kept is None else f"metrics only: {kept.bins} bins on [0, {kept.upper:g}]"
     facts = {
         "model": f"{fact('model', 'id')} ({fact('model', 'type')}, {fact('model', 'dtype')})",
         "weights": fact("model", "weights"),
@@ -47,7 +45,7 @@ def run_facts(run: Run) -> Table:
         "graph": f"{graph.granularity}, q/k/v {graph.qkv}",
         "edges": f"{graph.n_edges:,} ({graph.n_sources} sources, {graph.n_destinations} destinations)",
         "method": f"{fact('ablation')} ablation, loss {fact('loss')}{cut}",
-        "rows": f"{done.sum():,} of {run.n_samples:,} done, {stored}",
+        "rows": f"{done.sum():,} of {run.n_samples:,} done, {run.keep.description}",
         "tokens": f"{n_prompt:,} of prompts, {n_answer:,} of answers",
         **({"mean loss": f"{run.loss[done].mean():.6g}"} if done.any() else {}),
         "command": fact("provenance", "command"),
@@ -62,14 +60,36 @@ def run_facts(run: Run) -> Table:
 
 
 def strongest_edges(run: Run, top: int) -> Table:
-    """The `top` edges of the largest mean |W| over the rows that are done; there must be one."""
-    strength, signed = run.edge_means()
-    table = _table("strongest edges")
-    table.add_column("edge")
-    table.add_column("mean |W|", justify="right")
-    table.add_column("mean W", justify="right")
-    for column in np.argsort(-strength, kind="stable")[:top]:
-        _add(table, run.graph.edge_name(int(column)), f"{strength[column]:.4e}", f"{signed[column]:+.4e}")
+    """The `top` edges of the largest mean |W| over the rows that are done; there must be one.
+
+    Where each sample kept its strongest, of the largest Σ|W| over those that kept the edge.
+    """
+    means = run.edge_means()
+    layers, chosen = run.keep.layer_pairs, run.keep.top is not None
+    sums = run.absolute().edge_means().absolute if layers else None
+    weight = "ΣW" if layers else "W"
+    table = _table("strongest pairs of layers" if layers else "strongest edges")
+    table.add_column("pair" if layers else "edge")
+    for heading in (
+        *([f"samples of {int(run.done.sum()):,}"] if chosen else []),
+        f"mean |{weight}|",
+        f"mean {weight}",
+        *(["mean Σ|W|"] if layers else []),
+    ):
+        table.add_column(heading, justify="right")
+    if chosen:
+        table.caption = "means over the samples that kept the edge; ordered by their sums"
+        table.caption_justify = "left"
+    order = np.argsort(-means.total, kind="stable")[:top]
+    for place in order:
+        _add(
+            table,
+            run.graph.edge_name(int(means.columns[place])),
+            *([f"{means.n_samples[place]:,}"] if chosen else []),
+            f"{means.absolute[place]:.4e}",
+            f"{means.signed[place]:+.4e}",
+            *([] if sums is None else [f"{sums[place]:.4e}"]),
+        )
     return table
 
 

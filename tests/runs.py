@@ -35,11 +35,14 @@ class FakeRun:
     manifest: dict[str, Any] = field(default_factory=lambda: dict(MANIFEST))
     prompts: list[list[int]] = field(default=None)  # type: ignore[assignment]
     answers: list[list[int]] = field(default=None)  # type: ignore[assignment]
+    columns: np.ndarray = field(default=None)  # type: ignore[assignment]
+    top_columns: np.ndarray | None = None
     histogram: None = None
     statistics: None = None
 
     def __post_init__(self) -> None:
         n = len(self.scores)
+        self.columns = np.arange(self.graph.n_edges) if self.columns is None else self.columns
         self.done = np.ones(n, np.uint8) if self.done is None else self.done
         self.loss = np.zeros(n) if self.loss is None else self.loss
         self.ids = [f"q{i}" for i in range(n)] if self.ids is None else self.ids
