@@ -30,6 +30,7 @@ import pyarrow as pa
 from torch import nn
 
 import eaptk
+from eaptk.answering import answer_rest
 from eaptk.batch import Sample
 from eaptk.dataset import read_samples
 from eaptk.errors import EaptkError
@@ -37,9 +38,10 @@ from eaptk.files import differences_between, explained, read_table, write_table
 from eaptk.generate import end_tokens
 from eaptk.journal import append_journal, read_journal
 from eaptk.loading import config_fingerprint, load_config, load_model, load_tokenizer, tokenizer_fingerprint
+from eaptk.manifest import model_facts
 from eaptk.prompts import find_template, prompt_tokens, stop_tokens
 from eaptk.questions import Question, questions_fingerprint
-from eaptk.run import answer_rest, model_facts
+from eaptk.weights import bare
 
 Engine = Literal["transformers", "vllm"]
 ENGINES: tuple[Engine, ...] = ("transformers", "vllm")
@@ -176,6 +178,7 @@ def answer_questions(
             raise EaptkError(f"{option} is {number}; it must be at least 1")
     if engine not in ENGINES:
         raise EaptkError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
+    model = bare(model) if isinstance(model, nn.Module) else model
     loaded = model if isinstance(model, nn.Module) else None
     if loaded is not None and (dtype or device or attention or engine == "vllm"):
         raise EaptkError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from eaptk.errors import EaptkError
+from eaptk.score_cli import score
 from eaptk.study_cli import COMMANDS
 
 if TYPE_CHECKING:
@@ -37,125 +37,7 @@ def _root(
     """Edge Attribution Patching: every edge of every sample of a Hugging Face language model."""
 
 
-@app.command()
-def score(
-    model: Annotated[str, typer.Option(help="Folder of a checkpoint, or its name on the hub.")],
-    data: Annotated[
-        str, typer.Option(help="JSONL file, folder of a dataset, or its name on the hub (name:split).")
-    ],
-    out: Annotated[Path, typer.Option(help="Run directory to write, or to resume.")],
-    granularity: Annotated[
-        Literal["block", "head"], typer.Option(help="A node per block, or per head.")
-    ] = "block",
-    qkv: Annotated[
-        Literal["split", "merged"],
-        typer.Option(help="Queries, keys and values as three destinations, or one."),
-    ] = "split",
-    ablation: Annotated[
-        Literal["zero", "patching", "mean"],
-        typer.Option(
-            help="What takes the place of a source: nothing, a corrupt prompt's, or the dataset's mean."
-        ),
-    ] = "zero",
-    loss: Annotated[
-        Literal["nll", "self-nll", "logit-diff", "kl"],
-        typer.Option(
-            help="On the given answers, the model's own greedy ones, answer against foil, or KL to clean."
-        ),
-    ] = "nll",
-    given_answers: Annotated[
-        bool,
-        typer.Option("--given-answers", help="With self-nll: the data has the model's own answers already."),
-    ] = False,
-    cut: Annotated[
-        int | None, typer.Option(min=1, help="Score at most this many tokens of an answer.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer of the model's own (self-nll).")
-    ] = 256,
-    tokens_per_batch: Annotated[
-        int, typer.Option(min=1, help="Tokens of a batch: memory against speed.")
-    ] = 2048,
-    row_dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="How scores are stored.")
-    ] = "float32",
-    metrics_only: Annotated[
-        bool,
-        typer.Option("--metrics-only", help="Keep what metrics and compare need of each row, not the row."),
-    ] = False,
-    bins: Annotated[
-        int | None, typer.Option(min=1, help="Bins of the histogram of |W| (metrics only); default: 100.")
-    ] = None,
-    upper: Annotated[
-        float | None,
-        typer.Option("--range", help="Where that histogram ends; what lies above is counted."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights; default: as saved."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda if there is one.")
-    ] = None,
-    attention: Annotated[
-        Literal["sdpa", "eager"] | None, typer.Option(help="Attention implementation.")
-    ] = None,
-) -> None:
-    """Score every edge for every sample. The same command again resumes a run that was stopped.
-
-    Records of the data have "prompt" and "answer" as text, or "prompt_ids"
-    and "answer_ids" as tokens; optional "id", "group", "corrupt" (patching)
-    and "foil" (logit-diff). Other fields are carried along.
-
-    Examples:
-
-      eaptk score --model Qwen/Qwen2.5-0.5B --data q.jsonl --out runs/base
-
-      eaptk score --model ckpts/rl --data q.jsonl --out runs/rl --loss self-nll
-
-      eaptk score --model gpt2 --data ioi.jsonl --out ioi --ablation patching
-
-      eaptk score … --metrics-only --range 0.02
-    """
-    started = time.monotonic()
-    try:
-        from eaptk.loading import quiet_transformers
-
-        quiet_transformers()
-        from eaptk.run import score as score_dataset
-
-        run = score_dataset(
-            model,
-            data,
-            out,
-            granularity=granularity,
-            qkv=qkv,
-            ablation=ablation,
-            loss=loss.replace("-", "_"),  # type: ignore[arg-type]
-            given_answers=given_answers,
-            cut=cut,
-            max_new_tokens=max_new_tokens,
-            tokens_per_batch=tokens_per_batch,
-            row_dtype=row_dtype,
-            metrics_only=metrics_only,
-            bins=bins,
-            upper=upper,
-            limit=limit,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-        )
-    except KeyboardInterrupt:
-        print(
-            f"eaptk: stopped; finished rows are kept in {out}, the same command goes on from there",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
-    print(
-        f"{out}: {run.n_samples} samples × {run.graph.n_edges} edges, "
-        f"mean loss {run.loss.mean():.4g}, {time.monotonic() - started:.1f} s"
-    )
+app.command()(score)
 
 
 @app.command()

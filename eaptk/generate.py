@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eaptk.batch import Sample
 from eaptk.capture import frozen
-from eaptk.errors import EaptkError
+from eaptk.weights import device_of
 
 
 def greedy_answers(
@@ -37,20 +37,11 @@ def greedy_answers(
 
     Yields:
         Answers by index of sample.
-
-    Raises:
-        EaptkError: a batch does not fit into the device's memory.
     """
     ends = [*end_tokens(model), *stop]
     for batch in batches:
         prompts = [samples[index].prompt_ids for index in batch]
-        try:
-            generated = _generate(model, prompts, max_new_tokens, ends)
-        except torch.OutOfMemoryError as error:
-            raise EaptkError(
-                f"out of memory while answering {len(batch)} prompts of up to {max(map(len, prompts))} "
-                f"tokens with {max_new_tokens} each; lower tokens_per_batch or max_new_tokens"
-            ) from error
+        generated = _generate(model, prompts, max_new_tokens, ends)
         yield {index: _until_end(row, ends) for index, row in zip(batch, generated, strict=True)}
 
 
@@ -70,7 +61,8 @@ def _generate(
         use_cache=True,
     )
     with frozen(model), _as_only_config(model, neutral), torch.no_grad():
-        full: Tensor = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+        device = device_of(model)
+        full: Tensor = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
     rows: list[list[int]] = full[:, width:].tolist()
     return rows
 

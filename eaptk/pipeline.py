@@ -6,7 +6,7 @@ is done on events, not by joining: until Python 3.13 a join that is interrupted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread, current_thread, main_thread
 from types import TracebackType
@@ -18,7 +18,7 @@ T = TypeVar("T")
 _LOOK = 0.5
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """`items` in their order, made by a thread of their own while the caller works on the ones before.
 
     The thread starts with the first item asked for and has ended when the iterator has: after the last item,

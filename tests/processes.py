@@ -12,8 +12,10 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +42,55 @@ class Process:
         """The exit code, negative for a signal."""
         return _ask(wait=self.pid)
 
+    def has_ended(self) -> bool:
+        """Whether it waits to be waited for."""
+        return bool(_ask(look=self.pid))
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that work together, as a launcher starts them: if one fails, it ends the others."""
+
+    members: list[Process]
+
+    def wait(self) -> list[int]:
+        """Exit codes by rank."""
+        codes: dict[int, int] = {}
+        deadline = time.monotonic() + 60
+        while len(codes) < len(self.members):
+            for rank, member in enumerate(self.members):
+                if rank not in codes and member.has_ended():
+                    codes[rank] = member.wait()
+                    if codes[rank]:
+                        for other in set(range(len(self.members))) - set(codes):
+                            self.members[other].kill(signal.SIGTERM)
+            if time.monotonic() > deadline:
+                for other in set(range(len(self.members))) - set(codes):
+                    self.members[other].kill()
+                raise AssertionError("\n".join([f"hangs: {set(codes)} ended", *self.logs]))
+            time.sleep(0.002)
+        return [codes[rank] for rank in range(len(self.members))]
+
+    @property
+    def logs(self) -> list[str]:
+        """What each printed, by rank."""
+        return [member.log.read_text() for member in self.members]
+
+
+def start_team(size: int, target: str, *arguments: Any, log: Path) -> Team:
+    """`start` as often, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return Team(
+        [
+            start(
+                "processes:as_rank", rank, size, port, target, *arguments, log=log.with_suffix(f".{rank}.log")
+            )
+            for rank in range(size)
+        ]
+    )
+
 
 def start(target: str, *arguments: Any, log: Path) -> Process:
     """Call ``module:function`` with arguments that JSON can carry."""
@@ -64,6 +115,19 @@ def eaptk(*arguments: str) -> None:
     from eaptk.cli import main
 
     main(list(arguments))
+
+
+def as_rank(rank: int, size: int, port: int, target: str, *arguments: Any) -> None:
+    """Target: another one, as one process of several."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    _resolve(target)(*arguments)
 
 
 def killed_at_call(number: int, target: str, *arguments: Any) -> None:
@@ -104,7 +168,7 @@ def _server() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
     )
     atexit.register(server.terminate)
     return server
@@ -120,7 +184,14 @@ def _ask(**request: Any) -> int:
 
 
 def _serve() -> None:
-    for module in ("eaptk.run", "eaptk.cli", "pandas", "rich.progress", "safetensors.torch"):
+    for module in (
+        "eaptk.run",
+        "eaptk.cli",
+        "torch.distributed",
+        "pandas",
+        "rich.progress",
+        "safetensors.torch",
+    ):
         importlib.import_module(module)
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2ForCausalLM  # noqa: F401
 
@@ -128,6 +199,10 @@ def _serve() -> None:
         request = json.loads(line)
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        elif "look" in request:
+            answer = int(
+                os.waitid(os.P_PID, request["look"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            )
         else:
             function = _resolve(request["target"])
             answer = os.fork()

@@ -74,10 +74,10 @@ def test_a_model_by_name_and_the_same_model_loaded_give_the_same_bytes(tmp_path:
 
 def test_a_finished_run_is_returned_as_it_is(tmp_path: Path) -> None:
     first = score(tmp_path / "run")
-    changed = {file.name: file.stat().st_mtime_ns for file in first.path.iterdir()}
+    changed = {file.name: file.stat().st_mtime_ns for file in first.path.glob("[!.]*")}
     again = score(tmp_path / "run")
     assert np.array_equal(again.scores, first.scores)
-    assert {file.name: file.stat().st_mtime_ns for file in first.path.iterdir()} == changed
+    assert {file.name: file.stat().st_mtime_ns for file in first.path.glob("[!.]*")} == changed
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_loss_of_ones_own_is_known_by_its_name_in_every_process(tmp_path: Path
     name, fingerprint = run.manifest["loss"].split()
     assert name == "losses.of_a_set"
     for seed in ("1", "2"):  # sets are ordered by hashes
-        code = "from eaptk.run import _loss_name; import losses; print(_loss_name(losses.of_a_set))"
+        code = "from eaptk.manifest import loss_name; import losses; print(loss_name(losses.of_a_set))"
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
         shown = subprocess.run(
             [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
