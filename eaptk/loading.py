@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from eaptk.architecture import find_architecture
 from eaptk.errors import EaptkError
 from eaptk.files import is_meant_as_path
+from eaptk.graph import Graph
+from eaptk.shards import refuse_uneven
 from eaptk.weights import (
     adapters,
     bare,
@@ -168,7 +170,9 @@ def load_model(
     places: dict[str, Any] = {}
     if tensor_parallel:
         _check_parallel(name, config, base, method)
-        places |= _parallel()
+        world = _n_processes()
+        refuse_uneven(Graph.from_config(config), world)
+        places |= _parallel(world)
     elif device_map is not None:
         places |= {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
         places |= {} if offload_folder is None else {"offload_folder": str(offload_folder)}
@@ -200,11 +204,7 @@ def load_model(
             f"the checkpoint {source} lacks {len(missing)} weights of a {config.model_type} language model, "
             f"{missing[0]} for one; save the whole model again"
         )
-    if (
-        tensor_parallel
-        and torch.distributed.get_world_size() > 1
-        and not any(is_sharded(parameter) for parameter in model.parameters())
-    ):
+    if tensor_parallel and world > 1 and not any(is_sharded(parameter) for parameter in model.parameters()):
         raise EaptkError(
             f"this transformers has not shared the weights of {source} out over processes; use a newer one, or "
             f"device_map"
@@ -239,14 +239,18 @@ def _with_adapter(model: Any, name: str | os.PathLike[str]) -> Any:
     return adapted
 
 
-def _parallel() -> dict[str, Any]:
-    """How transformers is asked for tensor parallelism, over all processes."""
+def _n_processes() -> int:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _parallel(world: int) -> dict[str, Any]:
+    """How transformers is asked for tensor parallelism over all processes."""
     try:
         from transformers.distributed import DistributedConfig
 
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
-        size = int(os.environ["WORLD_SIZE"]) if world is None else world
-        return {"distributed_config": DistributedConfig(tp_size=size, tp_plan="auto")}
+        return {"distributed_config": DistributedConfig(tp_size=world, tp_plan="auto")}
     except (ImportError, TypeError):  # before 5.18
         return {"tp_plan": "auto"}
 

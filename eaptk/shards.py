@@ -17,6 +17,16 @@ from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 
 
+def refuse_uneven(graph: Graph, size: int) -> None:
+    """Raises EaptkError where so many processes cannot each have as many heads as the others."""
+    for what, n in (("attention", graph.n_heads), ("key/value", graph.n_kv_heads)):
+        if n % size:
+            raise EaptkError(
+                f"{n} {what} heads cannot be shared out evenly over {size} processes; use a number of processes that "
+                f"divides {n}"
+            )
+
+
 @dataclass(frozen=True)
 class Shards:
     """This process's place among those that hold one model.
@@ -50,12 +60,7 @@ class Shards:
                 )
         mesh = weights[0].device_mesh
         shards = cls(mesh.get_group(), mesh.get_local_rank(), mesh.size())
-        for what, n in (("attention", graph.n_heads), ("key/value", graph.n_kv_heads)):
-            if n % shards.size:
-                raise EaptkError(
-                    f"{n} {what} heads cannot be shared out evenly over {shards.size} processes; use a number of "
-                    f"processes that divides {n}"
-                )
+        refuse_uneven(graph, shards.size)
         return shards
 
     def gather(self, part: Tensor, dim: int) -> Tensor:
