@@ -1,0 +1,120 @@
+"""Command line of the benchmark against peers; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import record
+from benchmarks.peers.catalogue import PEERS
+from benchmarks.peers.client import ROOT, ToolError, environment, packages
+from benchmarks.peers.comparison import Bench, Settings, compare, largest
+from benchmarks.peers.tables import accuracies, costs
+from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
+
+FOLDER = ROOT / "build" / "peers"
+
+
+def main() -> None:
+    options = _options()
+    console = Console(stderr=True)
+    settings = Settings(
+        tokens=options.tokens,
+        seconds=5 if options.quick else 60,
+        limit=300 if options.quick else 1800,
+        threads=options.threads,
+        folder=FOLDER / "run",
+    )
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    environments: dict[str, Any] = {}
+    pythons: dict[str | None, Path] = {None: Path(sys.executable)}
+    for name in dict.fromkeys(PEERS[peer].environment for peer in options.peers):
+        if name is None:
+            continue
+        console.print(f"environment of {name}: made once, minutes, in {FOLDER.relative_to(ROOT)}")
+        try:
+            pythons[name], seconds = environment(name, FOLDER)
+            environments[name] = {"packages": packages(pythons[name]), "install_seconds": seconds}
+        except ToolError as error:
+            environments[name] = {"error": str(error)}
+
+    comparisons, shapes = [], {}
+    with ExitStack() as tools:
+        bench = Bench(settings, tools)
+        for shape in options.shapes:
+            n_layers = SHAPES[shape].quick_layers if options.quick else SHAPES[shape].n_layers
+            folder = FOLDER / "models" / f"{shape}-{n_layers}"
+            save(SHAPES[shape], n_layers, folder)
+            shapes[shape] = json.loads((folder / "config.json").read_text())
+            for name in options.peers:
+                peer = PEERS[name]
+                console.print(f"{shape}, {n_layers} layers: {name}")
+                found: dict[str, Any] = {
+                    "peer": name,
+                    "what": peer.what,
+                    "shape": shape,
+                    "layers": n_layers,
+                    "form": peer.form,
+                    "error": environments.get(peer.environment, {}).get("error"),
+                }
+                comparisons.append(found)
+                if found["error"]:
+                    continue
+                try:
+                    for part, value in compare(bench, peer, pythons[peer.environment], folder):
+                        found[part] = value
+                except ToolError as error:
+                    found["error"] = str(error)
+                if "memory" in found:
+                    memory = found["memory"]
+                    found["largest"] = {
+                        who: largest(memory["tokens"], peaks, options.gigabytes * 1e9)
+                        for who, peaks in memory["bytes"].items()
+                    }
+    result = {
+        "settings": {
+            "quick": options.quick,
+            "tokens": options.tokens,
+            "threads": options.threads,
+            "seconds": settings.seconds,
+            "gigabytes": options.gigabytes,
+        },
+        "environments": environments,
+        "shapes": shapes,
+        "comparisons": comparisons,
+    }
+    path = record.write("peers-quick" if options.quick else "peers", result)
+    for shape in options.shapes:
+        of_shape = [found for found in comparisons if found["shape"] == shape]
+        Console().print(costs(of_shape, options.tokens, options.gigabytes))
+        Console().print(accuracies(of_shape))
+    print(f"written to {path.relative_to(ROOT)}")
+    shutil.rmtree(settings.folder / "scores.npz", ignore_errors=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers",
+        description="eaptk beside its peers: scores checked, then seconds, memory and accuracy.",
+    )
+    parser.add_argument("--quick", action="store_true", help="shallower models, fewer repetitions")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--tokens", type=int, default=256, help=f"of the sample (256; at most {MOST_TOKENS})")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="memory that lengths are to fit in")
+    options = parser.parse_args()
+    if not 16 <= options.tokens <= MOST_TOKENS:
+        parser.error(f"--tokens must be from 16 to {MOST_TOKENS}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

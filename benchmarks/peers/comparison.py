@@ -1,0 +1,226 @@
+"""One peer beside eaptk on one shape: first whether both compute the same, then what each takes."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from benchmarks.peers.catalogue import Peer
+from benchmarks.peers.client import ROOT, Form, Tool, ToolError
+from benchmarks.peers.conventions import Matrix, numbered, relative_errors
+from eaptk import Graph
+
+#: Largest relative error to float64, of the edges into any kind of destination, at which float32 scores are the same.
+SAME = 1e-4
+DTYPES = ("float32", "bfloat16", "float16")
+ACCURACY_TOKENS = 64
+#: Rounds before the clock counts; the peer has had one, when its scores were checked.
+WARM_UP = 3
+MOST_ROUNDS = 11
+OWN_PATH = (ROOT,)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Args:
+        tokens: of the one sample.
+        seconds: that the repetitions of one comparison may take.
+        limit: seconds for one answer of a tool.
+        threads: of each tool.
+        folder: for scores and logs.
+    """
+
+    tokens: int
+    seconds: float
+    limit: float
+    threads: int
+    folder: Path
+
+
+class Bench:
+    """eaptk, the bare pass and what has been found about them, for all comparisons of a run."""
+
+    def __init__(self, settings: Settings, tools: ExitStack) -> None:
+        self.settings = settings
+        python = Path(sys.executable)
+
+        def own(name: str, measured: bool = False) -> Tool:
+            return tools.enter_context(self.tool(name, python, measured, OWN_PATH))
+
+        self.eaptk, self.eaptk_measured = own("eaptk_attribute"), own("eaptk_attribute", measured=True)
+        self.bare, self.bare_measured = own("bare_pass"), own("bare_pass", measured=True)
+        self._found: dict[Any, Any] = {}
+
+    def tool(self, name: str, python: Path, measured: bool = False, path: tuple[Path, ...] = ()) -> Tool:
+        log = self.settings.folder / "logs" / f"{name}{'-memory' if measured else ''}.log"
+        return Tool(
+            f"tools.{name}",
+            python,
+            threads=self.settings.threads,
+            limit=self.settings.limit,
+            log=log,
+            path=path,
+            measured=measured,
+        )
+
+    def scores(self, tool: Tool, folder: Path, dtype: str, form: Form, tokens: int) -> Matrix:
+        """Scores of a tool as eaptk numbers them; see `numbered`."""
+        path = self.settings.folder / "scores.npz"
+        tool.load(folder, dtype, form)
+        tool.score(tokens, save=path)
+        with np.load(path) as saved:
+            graph = _graph(folder, form)
+            return numbered(saved["scores"], saved["sources"].tolist(), saved["destinations"].tolist(), graph)
+
+    def exact(self, folder: Path, form: Form, tokens: int) -> Matrix:
+        """eaptk's scores in float64."""
+        key = ("exact", folder, _key(form), tokens)
+        if key not in self._found:
+            self._found[key] = self.scores(self.eaptk, folder, "float64", form, tokens)
+        return self._found[key]
+
+    def own_errors(self, folder: Path, form: Form) -> dict[str, float | str]:
+        """eaptk's `accuracy`."""
+        key = ("errors", folder, _key(form))
+        if key not in self._found:
+            self._found[key] = accuracy(self, self.eaptk, folder, form)
+        return self._found[key]
+
+    def own_memory(self, folder: Path, form: Form) -> dict[str, list[int]]:
+        """Peak bytes of eaptk, as it is and with its memory dials turned down, and of the bare pass."""
+        key = ("memory", folder, _key(form))
+        if key not in self._found:
+            least = {**form, "least_memory": True}
+            self._found[key] = {
+                "eaptk": peaks(self.eaptk_measured, folder, form, self.settings.tokens),
+                "eaptk, least memory": peaks(self.eaptk_measured, folder, least, self.settings.tokens),
+                "bare": peaks(self.bare_measured, folder, form, self.settings.tokens),
+            }
+        return self._found[key]
+
+
+def compare(bench: Bench, peer: Peer, python: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is found, part by part, as (name of the part, part); see `benchmarks.peers`.
+
+    Raises:
+        ToolError: the tool fails, or its scores are not the same; what was found before stands.
+    """
+    form, tokens = peer.form, bench.settings.tokens
+    path = () if peer.environment else OWN_PATH
+    with _pair(bench, peer.tool, python, path) as (theirs, measured):
+        scores = bench.scores(theirs, folder, "float32", form, tokens)
+        errors = relative_errors(scores, bench.exact(folder, form, tokens), _graph(folder, form))
+        kind = max(errors, key=errors.__getitem__)
+        yield "check", {"errors": errors, "limit": SAME, "passed": errors[kind] <= SAME}
+        if errors[kind] > SAME:
+            raise ToolError(
+                f"{peer.tool}: scores of edges into {kind} are {errors[kind]:.1e} from float64, over {SAME:g}"
+            )
+        yield "seconds", _seconds(bench, theirs, folder, form)
+        memory = {"peer": peaks(measured, folder, form, tokens), **bench.own_memory(folder, form)}
+        yield "memory", {"tokens": _lengths(tokens), "bytes": memory}
+        theirs_errors = accuracy(bench, theirs, folder, form)
+        yield "accuracy", {"peer": theirs_errors, "eaptk": bench.own_errors(folder, form)}
+
+
+def accuracy(bench: Bench, tool: Tool, folder: Path, form: Form) -> dict[str, float | str]:
+    """Relative error to float64 by dtype, or why the tool has no scores in it."""
+    found: dict[str, float | str] = {}
+    exact = bench.exact(folder, form, ACCURACY_TOKENS)
+    for dtype in DTYPES:
+        try:
+            scores = bench.scores(tool, folder, dtype, form, ACCURACY_TOKENS)
+        except ToolError as error:
+            found[dtype] = str(error)
+        else:
+            found[dtype] = relative_errors(scores, exact, _graph(folder, form))["all"]
+    return found
+
+
+def peaks(tool: Tool, folder: Path, form: Form, tokens: int) -> list[int]:
+    """Peak bytes above the loaded model at half the tokens and at all."""
+    tool.load(folder, "float32", form)
+    return [tool.peak(n) for n in _lengths(tokens)]
+
+
+def largest(lengths: list[int], peaks: list[int], memory: float) -> int | None:
+    """Tokens at which `memory` bytes are reached on the straight line through two measured peaks.
+
+    A straight line: attention that keeps [heads, T, T] grows faster, so what is said of it is too many. None where
+    memory did not grow by more than its own granularity.
+    """
+    (short, long), (low, high) = lengths, peaks
+    if high <= low:
+        return None
+    return int(short + (memory - low) * (long - short) / (high - low))
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Medians, and the peer and eaptk beside the others, as medians and quartiles of ratios round by round."""
+
+    def ratio(of: str, to: str) -> dict[str, Any]:
+        ratios = [a / b for a, b in zip(seconds[of], seconds[to], strict=True)]
+        spread = statistics.quantiles(ratios, n=4) if len(ratios) > 2 else None
+        return {"median": statistics.median(ratios), "quartiles": spread}
+
+    return {
+        "median": {name: statistics.median(each) for name, each in seconds.items()},
+        "ratio": {
+            "peer / eaptk": ratio("peer", "eaptk"),
+            "peer / bare": ratio("peer", "bare"),
+            "eaptk / bare": ratio("eaptk", "bare"),
+        },
+    }
+
+
+def _seconds(bench: Bench, theirs: Tool, folder: Path, form: Form) -> dict[str, Any]:
+    contenders = {"peer": theirs, "eaptk": bench.eaptk, "bare": bench.bare}
+    tokens = bench.settings.tokens
+    for tool in contenders.values():
+        tool.load(folder, "float32", form)
+    for _ in range(WARM_UP):
+        for tool in (bench.eaptk, bench.bare):
+            tool.score(tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    rounds = 1
+    while len(seconds["peer"]) < rounds:
+        for name, tool in contenders.items():
+            seconds[name].append(tool.score(tokens))
+        if len(seconds["peer"]) == 1:
+            one = sum(each[0] for each in seconds.values())
+            # A round that takes all the time there is must do alone; of others three at least.
+            rounds = (
+                1
+                if one > bench.settings.seconds
+                else min(MOST_ROUNDS, max(3, int(bench.settings.seconds / one)))
+            )
+    return {"each": seconds, **summary(seconds)}
+
+
+@contextmanager
+def _pair(bench: Bench, name: str, python: Path, path: tuple[Path, ...]) -> Iterator[tuple[Tool, Tool]]:
+    """The tool in a process that is timed, and in one whose memory is measured."""
+    with bench.tool(name, python, path=path) as timed, bench.tool(name, python, True, path) as measured:
+        yield timed, measured
+
+
+def _lengths(tokens: int) -> list[int]:
+    return [tokens // 2, tokens]
+
+
+def _graph(folder: Path, form: Form) -> Graph:
+    return Graph.from_config(AutoConfig.from_pretrained(folder), form["granularity"], form["qkv"])
+
+
+def _key(form: Form) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(form.items()))

@@ -1,0 +1,1 @@
+"""One module a tool; `worker` says what it must have."""
