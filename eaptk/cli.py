@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from eaptk.errors import EaptkError
+from eaptk.runs_cli import runs
 from eaptk.score_cli import score
 from eaptk.study_cli import COMMANDS
 
@@ -328,6 +329,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 for _command in COMMANDS:
     app.command()(_command)
+app.add_typer(runs)
 
 
 def main(arguments: list[str] | None = None) -> None:

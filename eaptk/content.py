@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eaptk.files import check_array, map_array, pwrite, reserve_array, whole_file
+from eaptk.errors import EaptkError
+from eaptk.files import DAMAGED, check_array, map_array, pwrite, reserve_array, whole_file
 from eaptk.graph import Graph
 from eaptk.pooled import Pooled
 from eaptk.statistics import MOMENTS, SUMS, Histogram, Statistics, Summary
@@ -43,7 +44,7 @@ class SampleArray:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
-        self._entry_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
+        self.entry_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
         self._descriptor = self._offset = -1
 
     def reserve(self, path: Path) -> None:
@@ -54,10 +55,10 @@ class SampleArray:
         """Memory-mapped, read-only."""
         return map_array(self.path, self.shape, self.dtype)
 
-    def open(self, files: contextlib.ExitStack) -> None:
-        """Open the file for writing until `files` closes."""
+    def open(self, files: contextlib.ExitStack, writable: bool = True) -> None:
+        """Open the file until `files` closes."""
         self._offset = check_array(self.path, self.shape, self.dtype)
-        self._descriptor = os.open(self.path, os.O_RDWR)
+        self._descriptor = os.open(self.path, os.O_RDWR if writable else os.O_RDONLY)
         files.callback(os.close, self._descriptor)
 
     def expect(self, rows: Sequence[int], entries: npt.NDArray[Any]) -> None:
@@ -75,7 +76,24 @@ class SampleArray:
         """
         self.expect(rows, entries)
         for row, entry in zip(rows, np.ascontiguousarray(entries), strict=True):
-            pwrite(self._descriptor, entry.tobytes(), self._offset + row * self._entry_bytes)
+            pwrite(self._descriptor, entry.tobytes(), self._offset + row * self.entry_bytes)
+
+    def read(self, first: int, end: int) -> npt.NDArray[Any]:
+        """Entries first … end − 1, read from the open file; memory for them alone is taken."""
+        entries = np.empty((end - first, *self.shape[1:]), self.dtype)
+        view = entries.reshape(-1).view(np.uint8).data
+        offset = self._offset + first * self.entry_bytes
+        while view:
+            n = os.preadv(self._descriptor, [view], offset)
+            if n == 0:
+                raise EaptkError(f"{self.path} became shorter while it was read; {DAMAGED}")
+            view, offset = view[n:], offset + n
+        return entries
+
+    def put(self, first: int, entries: npt.NDArray[Any]) -> None:
+        """Write consecutive entries."""
+        data = np.ascontiguousarray(entries).reshape(-1).view(np.uint8).data
+        pwrite(self._descriptor, data, self._offset + first * self.entry_bytes)
 
     def sync(self) -> None:
         """Return once what was written is on disk."""
@@ -99,6 +117,11 @@ class Content(ABC):
     def arrays(self) -> Sequence[SampleArray]:
         """All that are reserved beforehand: the entries, and their checksums."""
         return (*self.entries, self.checksums)
+
+    @property
+    def sample_bytes(self) -> int:
+        """What is kept of a sample takes so many bytes."""
+        return sum(array.entry_bytes for array in self.arrays)
 
     @property
     @abstractmethod
@@ -200,9 +223,13 @@ class Rows(Content):
     def commit(self) -> None:
         if self._pending:
             super().commit()
-            self._done.write(self._pending, np.ones(len(self._pending), np.uint8))
-            self._done.sync()
+            self.mark(self._pending, True)
             self._pending.clear()
+
+    def mark(self, rows: Sequence[int], done: bool) -> None:
+        """Put on record that samples are done, or that they are not; what is written of them must be on disk."""
+        self._done.write(rows, np.full(len(rows), done, np.uint8))
+        self._done.sync()
 
     def finish(self) -> None:
         """Nothing is left to do."""

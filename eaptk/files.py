@@ -138,7 +138,7 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary)
 
 
-def pwrite(descriptor: int, data: bytes, offset: int) -> None:
+def pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data`: a nearly full disk takes a part of it, and says why only at the next try."""
     view = memoryview(data)
     while view:

@@ -31,8 +31,6 @@ What makes every moment a safe one to be killed in:
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import time
@@ -47,17 +45,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from eaptk.content import Rows, SampleArray, Summaries, clear
+from eaptk.content import Rows, Summaries, clear
 from eaptk.errors import EaptkError
 from eaptk.files import DAMAGED, differences_between, explained, read_table, whole_file, write_table
 from eaptk.graph import Graph
 from eaptk.journal import append_journal, read_journal
 from eaptk.keep import Entries, Keep
 from eaptk.kept import EdgeMeans, KeptScores
+from eaptk.layout import SCHEMA, layout, losses, read_manifest
+from eaptk.locks import Lock
 from eaptk.statistics import Histogram, Statistics
 from eaptk.sweep import Doubles, Integers, indices, weighted_column_sums
-
-SCHEMA = 2
 
 #: Keys of the manifest that say who ran it, not what was run: a resume may differ in them.
 _UNMATCHED = ("provenance", "model.id")
@@ -70,9 +68,6 @@ _NO_MATTER_TO_ANSWERS = (
 
 #: Answers of the model's own, before the run begins: those of each process in a file.
 _ANSWERS = "answers{}.jsonl"
-
-#: What a file system says that has no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 #: Syncing to disk may take this share of a run's time; rows wait in the page cache until a commit is due.
 _COMMIT_SHARE = 0.05
@@ -104,16 +99,16 @@ class Run:
                 missing or truncated.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if manifest is None:
             raise EaptkError(
                 f"{path} is not a run (no manifest.json); `eaptk score … --out {path}` makes one"
             )
-        run = cls(path, manifest, _layout(path, manifest)[0])
-        if not run._content.begun:
+        run = cls(path, manifest, layout(path, manifest)[0])
+        if not run.content.begun:
             raise EaptkError(f"run {path} has no row yet; repeat the score command that made it")
         # A broken file is refused here, not in the middle of an analysis.
-        run._content.check()
+        run.content.check()
         _ = run.samples, run.columns
         return run
 
@@ -131,16 +126,17 @@ class Run:
         return bool(self.done.all())
 
     @cached_property
-    def _content(self) -> Rows | Summaries:
-        return _layout(self.path, self.manifest)[2]
+    def content(self) -> Rows | Summaries:
+        """The files of what is kept of each sample."""
+        return layout(self.path, self.manifest)[2]
 
     def _rows(self) -> Rows:
-        if isinstance(self._content, Summaries):
+        if isinstance(self.content, Summaries):
             raise EaptkError(
                 f"run {self.path} keeps no rows, only statistics for metrics; "
                 f"score it again without metrics-only, into another folder"
             )
-        return self._content
+        return self.content
 
     @cached_property
     def scores(self) -> npt.NDArray[Any]:
@@ -204,14 +200,14 @@ class Run:
     @property
     def statistics(self) -> Statistics | None:
         """What a run without rows keeps, as of now; None for a run with rows."""
-        if not isinstance(self._content, Summaries):
+        if not isinstance(self.content, Summaries):
             return None
-        return replace(self._content.read(), columns=None if self.keep.whole else self.columns)
+        return replace(self.content.read(), columns=None if self.keep.whole else self.columns)
 
     @property
     def done(self) -> npt.NDArray[np.uint8]:
         """[n_samples]: 1 where the row is complete, as of now."""
-        return self._content.done
+        return self.content.done
 
     def edge_means(self) -> EdgeMeans:
         """Mean |W| and mean W of each edge over the samples that are done, of which there must be one."""
@@ -239,13 +235,13 @@ class Run:
     def loss(self) -> npt.NDArray[np.float64]:
         """[n_samples]: the loss whose edges were scored; NaN where the row is not done."""
         done = self.done
-        losses = _losses(self.path, self.n_samples)
-        if losses.path.exists():
-            loss = np.array(losses.map())
+        growing = losses(self.path, self.n_samples)
+        if growing.path.exists():
+            loss = np.array(growing.map())
         else:
             samples = self.samples
             if "loss" not in samples.column_names:
-                raise EaptkError(f"{losses.path} is missing; {DAMAGED}")
+                raise EaptkError(f"{growing.path} is missing; {DAMAGED}")
             loss = samples["loss"].to_numpy()
         return np.where(done == 1, loss, np.nan)
 
@@ -300,9 +296,10 @@ class RunWriter:
         self.path = Path(path)
         self.manifest = {"schema": SCHEMA, **manifest, **({} if keep is None else keep.to_dict())}
         self.lead, self._rank, self._job = lead, rank, job
-        self._keep, self.n_samples, self._content = _layout(self.path, self.manifest)
+        self._keep, self.n_samples, self._content = layout(self.path, self.manifest)
         self._keep = self._keep if keep is None else keep
-        self._loss = _losses(self.path, self.n_samples)
+        self._loss = losses(self.path, self.n_samples)
+        self._lock = Lock(self.path)
         self._open_files = contextlib.ExitStack()
         self._is_open = self._written = False
         self._commit_due = 0.0
@@ -337,6 +334,11 @@ class RunWriter:
     def done(self) -> npt.NDArray[np.bool_]:
         """[n_samples]: rows that are committed, by any process."""
         return self._content.done == 1
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing is left to write or to finish."""
+        return self.begun and bool(self.done.all()) and not self._loss.path.exists()
 
     def answers(self) -> dict[int, list[int]]:
         """Answers kept so far by `keep_answers`, of any process: row to token ids."""
@@ -396,6 +398,11 @@ class RunWriter:
             with explained(self.path):
                 self._content.close_stretch(number)
 
+    def drop_stretch(self) -> None:
+        """A row of the stretch that was being written cannot be had: where sums are kept, none of its rows is done."""
+        if isinstance(self._content, Summaries):
+            self._content.drop_stretch()
+
     def commit(self) -> None:
         """Sync what was written to disk, then mark it done."""
         if not self._written:
@@ -427,34 +434,37 @@ class RunWriter:
             with explained(self.path):
                 write_table(self.path / "samples.parquet", table.append_column("loss", pa.array(loss)))
                 self._loss.path.unlink()
+        if self._lock.job:
+            self._lock.job = ""
 
     def _prepare(self) -> None:
         """Lay the run out, or see that it is the same one, while no other process may as much as open it."""
         with explained(self.path):
             self._refuse_foreign_files()
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._lock(fcntl.LOCK_EX)
-        stored = _read_manifest(self.path)
+            lock = self._open_files.enter_context(self._lock)
+            lock.hold(alone=True)
+        stored = read_manifest(self.path)
         differences = {} if stored is None else differences_between(stored, self.manifest, _UNMATCHED)
         if stored is not None and differences:
             self._refuse_to_lose(stored, differences)
         if stored is None or differences or not self.begun:
             self._create()
         with explained(self.path):
-            # Not unless it is another: a run that is complete is left as it is.
-            if os.pread(lock, 4096, 0) != self._job.encode():
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, self._job.encode(), 0)
-            self._hold(lock, fcntl.LOCK_SH)
+            # A run that is complete is left as it is.
+            if not self._complete and lock.job != self._job:
+                lock.job = self._job
+            lock.hold(alone=False)
 
     def _join(self) -> None:
         """See that the run is the one that the lead laid out."""
         if not self.path.is_dir():
             raise EaptkError(f"there is no run {self.path} to write rows of; the process that leads makes it")
         with explained(self.path):
-            lock = self._lock(fcntl.LOCK_SH)
-            job = os.pread(lock, 4096, 0).decode(errors="replace")
-        stored = _read_manifest(self.path)
+            lock = self._open_files.enter_context(self._lock)
+            lock.hold(alone=False)
+            job = lock.job
+        stored = read_manifest(self.path)
         if stored is None:
             raise EaptkError(f"there is no run {self.path} to write rows of; the process that leads makes it")
         differences = differences_between(stored, self.manifest, _UNMATCHED)
@@ -463,33 +473,8 @@ class RunWriter:
                 f"this process would write other rows of run {self.path} than the one that leads: "
                 f"{'; '.join(differences.values())}; give all processes the same model, data and options"
             )
-        if job != self._job:
-            raise self._busy()
-
-    def _lock(self, how: int) -> int:
-        """Hold the run, until the writer closes: alone (LOCK_EX), or with other processes of the job (LOCK_SH)."""
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        self._open_files.callback(os.close, lock)
-        self._hold(lock, how)
-        return lock
-
-    def _hold(self, lock: int, how: int) -> None:
-        try:
-            fcntl.flock(lock, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._busy() from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise EaptkError(
-                f"the file system of {self.path} keeps no locks, so two jobs could write one run; mount it with "
-                f"them (Lustre: -o flock), or score on a local disk and copy the run"
-            ) from error
-
-    def _busy(self) -> EaptkError:
-        return EaptkError(
-            f"another process is writing run {self.path}; wait for it, or choose another folder"
-        )
+        if job != self._job and not self._complete:
+            raise lock.busy()
 
     def _refuse_foreign_files(self) -> None:
         if not self.path.is_dir():
@@ -536,44 +521,6 @@ class RunWriter:
         self._is_open = True
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run directory, None if there is none."""
-    file = path / "manifest.json"
-    try:
-        manifest = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise EaptkError(f"{file} cannot be read ({error}); {DAMAGED}") from error
-    if not isinstance(manifest, dict) or "schema" not in manifest:
-        raise EaptkError(f"{file} is no manifest of a run: it has no schema version")
-    if manifest["schema"] != SCHEMA:
-        raise EaptkError(
-            f"run {path} has schema version {manifest['schema']!r}, this eaptk knows {SCHEMA}; "
-            f"use the eaptk that wrote it, or score again into another folder"
-        )
-    try:
-        _layout(path, manifest)
-    except KeyError as error:
-        raise EaptkError(f"{file} is damaged: it has no {error}; {DAMAGED}") from error
-    except (TypeError, ValueError, EaptkError) as error:
-        raise EaptkError(f"{file} is damaged ({error}); {DAMAGED}") from error
-    return manifest
-
-
-def _layout(path: Path, manifest: Mapping[str, Any]) -> tuple[Keep, int, Rows | Summaries]:
-    """What a manifest says of a run's files: what is kept of each sample, and how many there are."""
-    keep = Keep.from_dict(manifest, Graph.from_dict(manifest["graph"]))
-    n_samples = int(manifest["dataset"]["samples"])
-    if keep.histogram is None:
-        return keep, n_samples, Rows(path, n_samples, keep.arrays)
-    return keep, n_samples, Summaries(path, n_samples, keep.graph, keep.histogram, keep.n_edges)
-
-
-def _losses(path: Path, n_samples: int) -> SampleArray:
-    return SampleArray(path / "loss.npy", (n_samples,), np.float64)
-
-
 def _has_finished_rows(path: Path, manifest: Mapping[str, Any]) -> bool:
-    content = _layout(path, manifest)[2]
+    content = layout(path, manifest)[2]
     return content.begun and bool(content.done.any())
