@@ -52,7 +52,8 @@ def quiet_transformers() -> None:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    python_logging.getLogger("accelerate").setLevel(python_logging.ERROR)
+    for library in ("accelerate", "bitsandbytes"):
+        python_logging.getLogger(library).setLevel(python_logging.ERROR)
 
 
 def load_config(name: str | os.PathLike[str]) -> Any:
