@@ -25,6 +25,7 @@ from eaptk.errors import EaptkError
 if TYPE_CHECKING:
     import networkx
     import pandas
+    import pyarrow
 
 #: What a model can be scored at.
 Granularity = Literal["block", "head"]
@@ -256,19 +257,24 @@ class Graph:
         Args:
             columns: of these edges, in this order; None for all.
         """
-        import pandas
+        return self.to_table(columns).to_pandas()
+
+    def to_table(self, columns: npt.ArrayLike | None = None) -> pyarrow.Table:
+        """`to_frame` as an Arrow table, which of millions of edges is had much sooner."""
+        import pyarrow
 
         columns = self._columns(columns)
-        ends = {}
+        names, layers = {}, {}
         for role, nodes, index in (
             ("source", self.sources, self.edge_source[columns]),
             ("destination", self.destinations, self.edge_destination[columns]),
         ):
-            names = np.array([node.name for node in nodes], dtype=object)
-            layers = np.array([node.layer for node in nodes], dtype=np.int32)
-            ends[role], ends[f"{role}_layer"] = names[index], layers[index]
-        order = ("source", "destination", "source_layer", "destination_layer")
-        return pandas.DataFrame({"column": columns, **{name: ends[name] for name in order}})
+            once = [node.name for node in nodes]
+            names[role] = pyarrow.DictionaryArray.from_arrays(
+                index.astype(np.int32), once
+            ).dictionary_decode()
+            layers[f"{role}_layer"] = np.array([node.layer for node in nodes], dtype=np.int32)[index]
+        return pyarrow.table({"column": columns, **names, **layers})
 
     def to_networkx(
         self, row: npt.ArrayLike | None = None, columns: npt.ArrayLike | None = None

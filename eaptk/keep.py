@@ -193,13 +193,12 @@ class Keep:
 
         A pair of layers has ``n_edges`` as well: how many were added up.
         """
-        import pyarrow
-
         self._require_columns()
-        frame = self.kept_graph.to_frame(self._pairs if self.layer_pairs else self.columns)
-        if self.layer_pairs:
-            frame["n_edges"] = self._edges_a_pair[self._pairs]
-        return pyarrow.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+        if not self.layer_pairs:
+            return self.graph.to_table(self.columns)
+        return self.kept_graph.to_table(self._pairs).append_column(
+            "n_edges", [self._edges_a_pair[self._pairs]]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest records; of the columns their number and fingerprint, as they lie in edges.parquet."""
