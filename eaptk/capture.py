@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from eaptk.errors import EaptkError
 from eaptk.kernels import Destination, Norm, Source
 from eaptk.sites import BRANCHES, LayerSites, Reader, Sites
-from eaptk.weights import at_hand
+from eaptk.weights import at_hand, is_offloaded
 
 
 @contextmanager
@@ -69,7 +69,14 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def run_again(block: nn.Module) -> AbstractContextManager[None]:
     """Of what the block computes keep its input alone; the backward pass runs it again."""
     # Hugging Face's own switch acts in training mode alone.
-    again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    # Stopped early, a module whose weights were brought for the occasion would keep them.
+    again = partial(
+        checkpoint,
+        block.forward,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        early_stop=not is_offloaded(block),
+    )
     return replaced_forward(block, again)
 
 
