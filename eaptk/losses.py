@@ -152,7 +152,7 @@ class _OfPositions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         gradient, weights = ctx.saved_tensors
-        ratio = (slopes[0] / weights)[:, None]
+        ratio = (slopes[0] / weights)[:, None].to(gradient.device)
         return torch.mul(gradient, ratio, out=torch.empty_like(gradient)), *[None] * 5
 
 
