@@ -273,7 +273,8 @@ def node_ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> No
         ticks = [(0, "input")] + [tick for tick in ticks if tick[0] > 0.05 * len(nodes)]
     if nodes[-1].kind == "logits":
         # A number close to the end would run into the word.
-        ticks = [tick for tick in ticks if tick[0] < 0.92 * len(nodes)] + [(len(nodes) - 1, "logits")]
+        most = min(0.9 * len(nodes), len(nodes) - 2)
+        ticks = [tick for tick in ticks if tick[0] < most] + [(len(nodes) - 1, "logits")]
     axis.set_ticks([place for place, _ in ticks], [label for _, label in ticks])
     axis.set_ticks(np.flatnonzero(np.diff(layer)) + 0.5, minor=True)
     axis.set_tick_params(which="minor", length=2.5, color=INK, width=0.5)

@@ -20,6 +20,7 @@ GRAPHS = {
     "small": Graph(2, 4, 2),
     "deep": Graph(32, 4, 2, qkv="merged"),
     "head": Graph(4, 4, 2, granularity="head"),
+    "layers": Graph(12, 8, 2).layers(),
 }
 
 
