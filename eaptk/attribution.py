@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
@@ -21,24 +21,23 @@ from torch import Tensor, nn
 from eaptk import losses
 from eaptk.batch import NO_TARGET, Batch
 from eaptk.capture import Capture, frozen
-from eaptk.contraction import Contraction
+from eaptk.contraction import Contraction, operands
 from eaptk.division import flush_limit
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.losses import LOSSES, LossFunction, LossName, Targets
-from eaptk.passes import Halves, of_callable
+from eaptk.passes import Halves, loss_scale, of_callable
 from eaptk.plan import Plan, Work, free_memory
+from eaptk.request import ABLATIONS as ABLATIONS
+from eaptk.request import Ablation as Ablation
+from eaptk.request import Request, as_batch, check_request, check_tokens, prepare
+from eaptk.segments import by_segments
 from eaptk.sites import Sites
 from eaptk.weights import bare, device_of, dtype_of, is_offloaded
 
 if TYPE_CHECKING:
     import networkx
     import pandas
-
-Ablation = Literal["zero", "patching", "mean"]
-ABLATIONS: tuple[Ablation, ...] = ("zero", "patching", "mean")
-#: Float16 gradients of a mean loss fall below its smallest number; a power of two keeps them, exactly undone.
-FLOAT16_LOSS_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ def attribute(
     means: Mapping[str, Tensor] | None = None,
     flush_layers: int | None = None,
     checkpoint: bool | None = None,
+    segment: int | None = None,
     on_device: bool = False,
 ) -> EdgeScores:
     """Scores of every edge of every sample of a batch.
@@ -108,14 +108,20 @@ def attribute(
             memory asks for (`Plan`).
         checkpoint: keep of each layer its input alone, and run it again in the backward pass: another forward pass
             for memory that grows by a tensor [B, T, D] a layer. None: what memory asks for.
+        segment: for the longest sequences: take so many tokens at a time, so that of all tokens and layers only keys
+            and values are held (`eaptk.segments`). Costs a third forward pass, and changes scores by rounding.
         on_device: leave the rows on the model's device, for more work on them there.
 
     Raises:
         EaptkError: the graph is another model's; ablation and loss lack what they need; the loss or a score is
             NaN or infinite (the sample and the edge are named).
     """
-    request = _Request(ablation, loss, means, flush_layers, checkpoint)
-    scores = _attribute(bare(model), _as_batch(batch), graph, request)[0]
+    request = Request(ablation, loss, means, flush_layers, checkpoint)
+    if segment is None:
+        scores = _attribute(bare(model), as_batch(batch), graph, request)[0]
+    else:
+        batch = as_batch(batch)
+        scores = _checked(*by_segments(bare(model), batch, graph, request, segment), batch, graph)
     return scores if on_device else replace(scores, rows=scores.rows.cpu())
 
 
@@ -152,9 +158,9 @@ def attribute_cuts(
         raise EaptkError(f"cuts are {list(cuts)}; give one or more numbers of tokens, each at least 1")
     if callable(loss):
         raise EaptkError(f"answers are cut under a named loss alone: one of {', '.join(LOSSES)}")
-    request = _Request(ablation, loss, means, flush_layers, checkpoint)
-    batch = _as_batch(batch)
-    _check_request(batch, ablation, loss, means)
+    request = Request(ablation, loss, means, flush_layers, checkpoint)
+    batch = as_batch(batch)
+    check_request(batch, ablation, loss, means)
     most = int((batch.targets != NO_TARGET).sum(1).max())
     batches = {cut: cut_short(batch, cut) for cut in {min(cut, most) for cut in cuts}}
     found = {}
@@ -207,19 +213,8 @@ def share_passes(lengths: Mapping[int, int]) -> list[list[int]]:
     return best[-1][1]
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What is asked of a batch; see `attribute`."""
-
-    ablation: Ablation
-    loss: LossName | LossFunction
-    means: Mapping[str, Tensor] | None
-    flush_layers: int | None
-    checkpoint: bool | None
-
-
 def _attribute(
-    model: nn.Module, batch: Batch, graph: Graph, request: _Request, cuts: Sequence[int | None] = (None,)
+    model: nn.Module, batch: Batch, graph: Graph, request: Request, cuts: Sequence[int | None] = (None,)
 ) -> list[EdgeScores]:
     """Rows on the model's device, from one forward pass for each of the ascending cuts; None: of no cut.
 
@@ -235,7 +230,7 @@ def _attribute(
         targets = targets.to(batch.ids.device)
         sites = Sites(model, graph)
         plan = _plan(model, sites, batch, request, sum(targets.counts), len(cuts))
-        halves, scale = Halves(model, sites), _loss_scale(model)
+        halves, scale = Halves(model, sites), loss_scale(model)
         other = clean = None
         if batch.corrupt_ids is not None and loss == "kl":
             other, clean = _values(halves, sites, batch.ids, targets.index)
@@ -250,16 +245,7 @@ def _attribute(
                 values = losses.of_positions(loss, hidden, targets, halves, clean, scale)
                 parts = [targets.means(values, cut) for cut in cuts]
                 del hidden, values
-            if means is not None:
-                check_means(means, run)
-            if loss == "kl":
-                assert other is not None
-                sources = [
-                    replace(source, value=other[name], replacement=source.value)
-                    for name, source in zip(other, run.sources(later=True), strict=True)
-                ]
-            else:
-                sources = run.sources(other if means is None else means, later=True)
+            sources = operands(run, request, other)
             del other
             while parts:
                 part, again = parts.pop(), bool(parts)
@@ -268,12 +254,14 @@ def _attribute(
                 rows.append(contraction.finish() / scale)
                 losses_found.append(part.detach())
                 del part
-    results = []
-    for found, own in zip(reversed(rows), reversed(losses_found), strict=True):
-        _check_losses(own := own.cpu(), batch)
-        _check_finite(found, batch, graph)
-        results.append(EdgeScores(found, own, graph))
-    return results
+    return [_checked(*pair, batch, graph) for pair in zip(rows[::-1], losses_found[::-1], strict=True)]
+
+
+def _checked(rows: Tensor, sample_losses: Tensor, batch: Batch, graph: Graph) -> EdgeScores:
+    sample_losses = sample_losses.cpu()
+    _check_losses(sample_losses, batch)
+    _check_finite(rows, batch, graph)
+    return EdgeScores(rows, sample_losses, graph)
 
 
 def source_means(
@@ -298,8 +286,8 @@ def source_sums(
     """
     model = bare(model)
     sites = Sites(model, graph)
-    batch = _as_batch(batch)
-    _check_tokens(batch, model)
+    batch = as_batch(batch)
+    check_tokens(batch, model)
     with frozen(model):
         batch = batch.to(device_of(model))
         # One position with hidden states, as none are wanted.
@@ -327,24 +315,6 @@ def means_of(parts: Iterable[tuple[Mapping[str, Tensor], int]], model: nn.Module
     return {name: (total / n_tokens).to(dtype) for name, total in totals.items()}
 
 
-def prepare(
-    model: nn.Module,
-    batch: Batch | Mapping[str, Any],
-    ablation: Ablation,
-    loss: LossName | LossFunction,
-    means: Mapping[str, Tensor] | None,
-) -> Batch:
-    """The batch on the model's device; refuses what `attribute` refuses before it runs the model."""
-    batch = _as_batch(batch)
-    _check_request(batch, ablation, loss, means)
-    _check_tokens(batch, model)
-    return batch.to(device_of(model))
-
-
-def _as_batch(batch: Batch | Mapping[str, Any]) -> Batch:
-    return batch if isinstance(batch, Batch) else Batch.from_mapping(batch)
-
-
 def _values(halves: Halves, sites: Sites, ids: Tensor, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Source values of a forward pass, and its hidden states [N, D] at the given positions."""
     with torch.no_grad(), Capture(sites, gradients=False) as capture:
@@ -352,7 +322,7 @@ def _values(halves: Halves, sites: Sites, ids: Tensor, index: Tensor) -> tuple[d
     return capture.values, hidden
 
 
-def _plan(model: nn.Module, sites: Sites, batch: Batch, request: _Request, n_loss: int, n_cuts: int) -> Plan:
+def _plan(model: nn.Module, sites: Sites, batch: Batch, request: Request, n_loss: int, n_cuts: int) -> Plan:
     n_samples, n_tokens = batch.ids.shape
     work = Work.of(
         model,
@@ -373,67 +343,6 @@ def _plan(model: nn.Module, sites: Sites, batch: Batch, request: _Request, n_los
         memory = sites.shards.smallest(memory, sites.devices[0])
     flush_layers = flush_limit(sites) if request.flush_layers is None else request.flush_layers
     return Plan.within(memory, work, flush_layers, checkpoint)
-
-
-def _loss_scale(model: nn.Module) -> float:
-    return FLOAT16_LOSS_SCALE if dtype_of(model) == torch.float16 else 1.0
-
-
-def _check_request(
-    batch: Batch, ablation: str, loss: LossName | LossFunction, means: Mapping[str, Tensor] | None
-) -> None:
-    if ablation not in ABLATIONS:
-        raise EaptkError(f"ablation is {ablation!r}; it must be one of {', '.join(ABLATIONS)}")
-    if not callable(loss) and loss not in LOSSES:
-        raise EaptkError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}, or a callable")
-    if ablation == "patching" and batch.corrupt_ids is None:
-        raise EaptkError(
-            "ablation 'patching' needs a corrupted prompt: give every sample `corrupt` or `corrupt_ids`"
-        )
-    if (ablation == "mean") != (means is not None):
-        raise EaptkError(
-            "ablation 'mean' needs means=eaptk.source_means(model, batches, graph), and only it takes them"
-        )
-    if loss == "kl" and ablation != "patching":
-        raise EaptkError(
-            f"loss 'kl' has no gradient on the clean run that ablation {ablation!r} uses; use 'patching'"
-        )
-    without = (batch.targets == NO_TARGET).all(1).nonzero().flatten().tolist()
-    if without and not callable(loss):
-        raise EaptkError(
-            f"sample {batch.names[without[0]]!r} has no target, so no loss {loss!r}; give it an answer or labels"
-        )
-
-
-def _check_tokens(batch: Batch, model: nn.Module) -> None:
-    n_tokens = len(model.get_input_embeddings().weight)  # type: ignore[operator]
-    for name in ("ids", "corrupt_ids", "targets", "foils"):
-        tokens = getattr(batch, name)
-        if tokens is None:
-            continue
-        outside = (tokens < 0) | (tokens >= n_tokens)
-        if name in ("targets", "foils"):
-            outside &= tokens != NO_TARGET
-        if bool(outside.any()):
-            sample, position = outside.nonzero()[0].tolist()
-            raise EaptkError(
-                f"sample {batch.names[sample]!r}: token {int(tokens[sample, position])} of its {name} is outside the "
-                f"vocabulary of {n_tokens}; was it tokenised for another model?"
-            )
-
-
-def check_means(means: Mapping[str, Tensor], run: Capture) -> None:
-    """Raises EaptkError where means are not those of the sources that `run` captured."""
-    for name, value in run.values.items():
-        found = tuple(means[name].shape) if name in means else None
-        needed = tuple(value.shape[2:])
-        if len(needed) == 2:  # of all heads, whichever of them this process has
-            needed = (run.sites.graph.n_heads, needed[1])
-        if found != needed:
-            raise EaptkError(
-                f"means of {name!r} have shape {found}, the graph needs {needed}; "
-                f"take them with eaptk.source_means for the same model and graph"
-            )
 
 
 def _check_losses(sample_losses: Tensor, batch: Batch) -> None:

@@ -160,17 +160,32 @@ class Capture:
             return heads
         return shards.own(heads, -2)
 
-    def backward(self, loss: Tensor, left: Callable[[int], None] | None = None, again: bool = False) -> None:
+    def backward(
+        self,
+        loss: Tensor | None,
+        left: Callable[[int], None] | None = None,
+        again: bool = False,
+        ends: Sequence[tuple[Tensor, Tensor]] = (),
+        leaves: Sequence[Tensor] = (),
+    ) -> None:
         """Gradients of `loss`, a scalar, down to the first layer's input.
 
         Args:
-            again: another backward pass is to follow. What this one recorded must be released before.
             left: told a layer's index when the pass has left it: gradients of its destinations and of those above
                 are complete. Not told of layer 0, with which the pass ends.
+            again: another backward pass is to follow. What this one recorded must be released before.
+            ends: further tensors to go back from, each with its gradient.
+            leaves: further tensors to go back to, whose hooks take their gradients.
         """
         assert self.root is not None
         self._reading, self._left = False, left
-        torch.autograd.grad(loss, self.root, retain_graph=again)
+        roots = [*([] if loss is None else [(loss, None)]), *ends]
+        torch.autograd.grad(
+            [root for root, _ in roots],
+            [self.root, *leaves],
+            [gradient for _, gradient in roots],
+            retain_graph=again,
+        )
 
     def destinations(self, readers: Sequence[Reader] | None = None) -> list[Destination]:
         """Operands in order of reading, once the backward pass has left their layers; default: all."""

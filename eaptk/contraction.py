@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from eaptk.division import Division
 from eaptk.errors import EaptkError
 from eaptk.kernels import Source
 from eaptk.plan import flush_cuts
+from eaptk.request import Request, check_means
 
 
 class Contraction:
@@ -66,3 +68,16 @@ class Contraction:
                 raise EaptkError(f"{error}{hint}") from error
         self._run.release(readers, self._again)
         self._left = first
+
+
+def operands(run: Capture, request: Request, other: Mapping[str, Tensor] | None) -> list[Source]:
+    """Operands of a forward pass, with what the ablation replaces them by; `other` is of the other prompt."""
+    if request.means is not None:
+        check_means(request.means, run)
+    if request.loss != "kl":
+        return run.sources(other if request.means is None else request.means, later=True)
+    assert other is not None
+    return [
+        replace(source, value=other[name], replacement=source.value)
+        for name, source in zip(other, run.sources(later=True), strict=True)
+    ]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eaptk.attribution import Ablation, check_means, prepare
 from eaptk.batch import Batch
 from eaptk.capture import Capture, frozen
 from eaptk.errors import EaptkError
@@ -24,6 +23,7 @@ from eaptk.graph import Graph, Node
 from eaptk.kernels import Source
 from eaptk.losses import LossFunction, LossName, Targets
 from eaptk.passes import Halves, sample_losses
+from eaptk.request import Ablation, check_means, prepare
 from eaptk.sites import Sites
 from eaptk.weights import bare, dtype_of
 

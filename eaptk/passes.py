@@ -6,7 +6,7 @@ A model is taken as two halves, both run by its own code: up to what the unembed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,10 @@ from eaptk.capture import replaced_forward
 from eaptk.errors import EaptkError
 from eaptk.losses import LossFunction, LossName, Targets
 from eaptk.sites import Sites
+from eaptk.weights import dtype_of
+
+#: Float16 gradients of a mean loss fall below its smallest number; a power of two keeps them, exactly undone.
+FLOAT16_LOSS_SCALE = 2.0**12
 
 
 class Halves:
@@ -34,8 +38,12 @@ class Halves:
         #: What the trunk returned, of one position.
         self._output: Any = None
 
-    def hidden(self, ids: Tensor, index: Tensor) -> Tensor:
-        """[N, D]: what the unembedding reads at positions `index` of the flattened ids [B, T]."""
+    def hidden(self, ids: Tensor, index: Tensor, past: Mapping[str, Any] | None = None) -> Tensor:
+        """[N, D]: what the unembedding reads at positions `index` of the flattened ids [B, T].
+
+        Args:
+            past: arguments of the model that say what came before (`eaptk.segments`).
+        """
         found: list[Tensor] = []
 
         def read(states: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ class Halves:
         handle = self._trunk.register_forward_hook(keep)
         try:
             with self._unembedding_reads(read):
-                self._model(input_ids=ids, use_cache=False)
+                self._model(input_ids=ids, **(past or {"use_cache": False}))
         finally:
             handle.remove()
         self._ids = ids[:1, :1]
@@ -61,7 +69,7 @@ class Halves:
             self._unembedding_reads(lambda states: hidden[None]),
         ):
             logits: Tensor = self._model(input_ids=self._ids, use_cache=False).logits
-        return logits[0]
+        return logits.squeeze(0)  # of an index the gradient would be copied into zeros
 
     @contextmanager
     def _unembedding_reads(self, change: Any) -> Iterator[None]:
@@ -110,3 +118,7 @@ def of_callable(model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
             "the loss does not depend on the logits; compute it from them without detach() or no_grad()"
         )
     return sample_losses
+
+
+def loss_scale(model: nn.Module) -> float:
+    return FLOAT16_LOSS_SCALE if dtype_of(model) == torch.float16 else 1.0
