@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from elsewhere import second_device
 from oracle import relative_error
 from tiny import tiny_batch, tiny_model, tiny_samples
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from eaptk.loading import load_model, weights_fingerprint
 from eaptk.sites import Sites
 from eaptk.weights import device_of, is_offloaded
 
-NAMES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox"]
+NAMES = ["llama", "gemma2", "gpt2", "gpt_neox"]
 GRANULARITIES = ["block", "head"]
 WAYS: list[dict[str, Any]] = [
     {},
@@ -168,3 +170,42 @@ def test_a_map_that_leads_nowhere_is_one_line(tmp_path: Path, device_map: Any, m
         load_model(folder, device_map=device_map)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def spread(model: nn.Module, away: str, device: torch.device) -> None:
+    """Put the first or the last layers on another device, with the hooks that accelerate puts there."""
+    entry = find_architecture(model.config)
+    layers = list(model.get_submodule(entry.layers))
+    ends = [model.get_submodule(entry.final_norm), model.get_output_embeddings()]  # type: ignore[operator]
+    for module in layers[:1] if away == "first" else [*layers[1:], *ends]:
+        for inner in module.modules():
+            for name, parameter in inner.named_parameters(recurse=False):
+                setattr(inner, name, nn.Parameter(parameter.detach().to(device)))
+            for name, buffer in inner.named_buffers(recurse=False):
+                setattr(inner, name, buffer.to(device))
+        add_hook_to_module(module, AlignDevicesHook(execution_device=device))
+    for module in layers[1:] + ends if away == "first" else layers[:1]:
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+
+@pytest.mark.parametrize("away", ["first", "last"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_over_two_devices_scores_as_on_one(name: str, granularity: Granularity, away: str) -> None:
+    whole, over_two = (tiny_model(name, torch.float32, "eager") for _ in range(2))
+    ways = [way for way in WAYS if "checkpoint" not in way]
+    expected = [rows(whole, granularity, **way) for way in ways]
+    with second_device() as device:
+        spread(over_two, away, device)
+        assert len(Sites(over_two, Graph.from_model(over_two)).devices) == 2
+        found = [rows(over_two, granularity, **way) for way in ways]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative_error(mine, theirs) < 1e-5
+
+
+def test_the_second_device_refuses_to_meet_the_first() -> None:
+    with second_device() as device:
+        with pytest.raises(RuntimeError, match="two devices"):
+            torch.ones(2).to(device) + torch.ones(2)
+        assert (torch.ones(2).to(device) + torch.ones(2, device=device)).to("cpu").tolist() == [2, 2]
