@@ -132,6 +132,20 @@ def test_a_run_lists_exactly_the_edges_it_stores(runs: dict[str, Run], name: str
         assert run.scores.shape == (len(ROWS), len(table))
 
 
+@pytest.mark.parametrize("name", ["whole", "some"])
+def test_an_edge_is_found_by_name_wherever_its_column_is(runs: dict[str, Run], name: str) -> None:
+    run = runs[name]
+    for edge in SOME:
+        ends = GRAPH.edge_name(edge).split("→")
+        np.testing.assert_array_equal(run.scores[:, run.column(*ends)], ROWS[:, edge])
+
+
+@pytest.mark.parametrize(("name", "edge"), [("some", "input→a0.h1<q>"), ("top", "input→a0.h0<q>")])
+def test_an_edge_that_was_not_kept_has_no_column(runs: dict[str, Run], name: str, edge: str) -> None:
+    with pytest.raises(EaptkError, match=f"did not keep {edge} of every sample"):
+        runs[name].column(*edge.split("→"))
+
+
 @pytest.mark.parametrize("name", ["whole", "some", "top", "top of some"])
 def test_kept_scores_are_those_of_the_row_whatever_view_is_taken(runs: dict[str, Run], name: str) -> None:
     run = runs[name]
