@@ -259,12 +259,13 @@ struct ColumnWorker {
     std::int64_t n_weights;
     bool absolute;
     double* out;
+    const std::int64_t &first, &end;  // rows
     std::vector<float> buffer = std::vector<float>(kBlock);
 
     void operator()(std::int64_t block) {
         const std::int64_t begin = block * kBlock;
         const int n = int(std::min<std::int64_t>(kBlock, rows.n_selected - begin));
-        for (std::int64_t i = 0; i < rows.n_rows; ++i) {
+        for (std::int64_t i = first; i < end; ++i) {
             const float* x = load(rows, i, begin, n, buffer.data());
             for (std::int64_t k = 0; k < n_weights; ++k) {
                 add_weighted(x, n, weights[k * rows.n_rows + i], absolute, out + k * rows.n_selected + begin);
@@ -349,9 +350,17 @@ void sweep(const Rows& rows, const Bins* bins, int threads, bool portable, Momen
 void weighted_column_sums(const Rows& rows, const double* weights, std::int64_t n_weights, bool absolute, int threads,
                           double* out) {
     std::fill(out, out + n_weights * rows.n_selected, 0.0);
+    // A block of columns lies all over the file, so rows are read a panel at a time, which memory holds; of long
+    // rows some, as the sums pass through the caches once a panel. Each sum takes rows in order, whatever the panels.
+    constexpr std::int64_t panel_bytes = 256 << 20, fewest = 8;
+    const std::int64_t panel = std::max(fewest, panel_bytes / (rows.n_columns * (rows.half ? 2 : 4)));
+    std::int64_t first = 0, end = 0;
     std::vector<ColumnWorker> workers;
-    for (int t = 0; t < threads; ++t) workers.push_back({rows, weights, n_weights, absolute, out});
-    parallel(workers, (rows.n_selected + kBlock - 1) / kBlock);
+    for (int t = 0; t < threads; ++t) workers.push_back({rows, weights, n_weights, absolute, out, first, end});
+    for (; first < rows.n_rows; first = end) {
+        end = std::min(rows.n_rows, first + panel);
+        parallel(workers, (rows.n_selected + kBlock - 1) / kBlock);
+    }
 }
 
 void row_dots(const Rows& rows, const double* vector, int threads, double* out) {

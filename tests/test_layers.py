@@ -23,6 +23,7 @@ FLOORS = [
     {"pooled"},
     {"content"},
     {"layout"},
+    {"writer"},
     {"batch", "sites"},
     {"losses"},
     {"capture", "division", "manifest", "plan"},

@@ -143,6 +143,16 @@ def test_weighted_column_sums_and_dots_are_matrix_products(backend, absolute, dt
     )
 
 
+def test_sums_over_more_rows_than_are_read_at_a_time_have_all_of_them():
+    """A run may be larger than memory: rows are read some 256 MB at a time. Here most are zeros that take none."""
+    n_columns, n = 2**24, 17
+    rows = np.zeros((n, n_columns), np.float16)
+    rows[:, [0, 4095, 4096, n_columns - 1]] = np.arange(1, n + 1)[:, None]
+    sums = weighted_column_sums(rows, np.stack([np.ones(n), np.arange(n)]))
+    assert np.flatnonzero(sums[0]).tolist() == [0, 4095, 4096, n_columns - 1]
+    assert (sums[0, 0], sums[1, -1]) == (n * (n + 1) / 2, sum(i * (i + 1) for i in range(n)))
+
+
 float32s = st.floats(-1e6, 1e6, width=32)
 matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=70), elements=float32s)
 
