@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks import record
 from benchmarks.peers.catalogue import PEERS
-from benchmarks.peers.client import ROOT, ToolError, environment, packages
+from benchmarks.peers.client import HERE, ROOT, ToolError, environment, packages
 from benchmarks.peers.comparison import Bench, Settings, compare, largest
 from benchmarks.peers.tables import accuracies, costs
 from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
@@ -22,8 +22,8 @@ from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
 FOLDER = ROOT / "build" / "peers"
 
 
-def main() -> None:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
     console = Console(stderr=True)
     settings = Settings(
         tokens=options.tokens,
@@ -38,9 +38,9 @@ def main() -> None:
     for name in dict.fromkeys(PEERS[peer].environment for peer in options.peers):
         if name is None:
             continue
-        console.print(f"environment of {name}: made once, minutes, in {FOLDER.relative_to(ROOT)}")
+        console.print(f"environment of {name}: made once, in minutes")
         try:
-            pythons[name], seconds = environment(name, FOLDER)
+            pythons[name], seconds = environment(HERE / f"{name}.txt", FOLDER)
             environments[name] = {"packages": packages(pythons[name]), "install_seconds": seconds}
         except ToolError as error:
             environments[name] = {"error": str(error)}
@@ -95,11 +95,10 @@ def main() -> None:
         of_shape = [found for found in comparisons if found["shape"] == shape]
         Console().print(costs(of_shape, options.tokens, options.gigabytes))
         Console().print(accuracies(of_shape))
-    print(f"written to {path.relative_to(ROOT)}")
-    shutil.rmtree(settings.folder / "scores.npz", ignore_errors=True)
+    print(f"written to {path}")
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
         description="eaptk beside its peers: scores checked, then seconds, memory and accuracy.",
@@ -110,7 +109,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help=f"of the sample (256; at most {MOST_TOKENS})")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gigabytes", type=float, default=8.0, help="memory that lengths are to fit in")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not 16 <= options.tokens <= MOST_TOKENS:
         parser.error(f"--tokens must be from 16 to {MOST_TOKENS}")
     return options

@@ -25,25 +25,29 @@ Form = dict[str, Any]
 #: resident memory is what is alive. It makes allocation slow: such a process is never timed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
 INSTALL_SECONDS = 3600
+LIST = (
+    "import json; from importlib.metadata import distributions as all; "
+    "print(json.dumps({each.name: each.version for each in all()}))"
+)
 
 
 class ToolError(EaptkError):
     """A tool that could not be installed, or did not do what it was asked for, in one line."""
 
 
-def environment(name: str, folder: Path) -> tuple[Path, float]:
+def environment(requirements: Path, folder: Path) -> tuple[Path, float]:
     """Python of the peer's own environment, and seconds that were spent on installing it (0 if it was there).
 
     Args:
-        name: of the requirements beside this file, all pinned.
-        folder: where environments live, one folder each.
+        requirements: of pip, all pinned.
+        folder: where environments live, each named as its requirements are.
 
     The torch there is of eaptk's own version and build, down to its local label: timings compare tools, not builds.
 
     Raises:
         ToolError: it cannot be installed.
     """
-    requirements = HERE / f"{name}.txt"
+    name = requirements.stem
     stamp = folder / name / "installed"
     wanted = hashlib.sha256(f"{torch.__version__}\n{requirements.read_text()}".encode()).hexdigest()
     python = folder / name / "bin" / "python"
@@ -63,8 +67,8 @@ def environment(name: str, folder: Path) -> tuple[Path, float]:
 
 def packages(python: Path) -> dict[str, str]:
     """Version of every package installed beside this interpreter."""
-    listed = json.loads(_run([python, "-m", "pip", "list", "--format", "json"]))
-    return {package["name"]: package["version"] for package in listed}
+    listed: dict[str, str] = json.loads(_run([python, "-c", LIST]))
+    return dict(sorted(listed.items()))
 
 
 def _run(command: list[Any]) -> str:
