@@ -14,9 +14,9 @@ Prediction, in tensors [T, 64]: a bare pass keeps about 12 a layer, 190 in all; 
 about 25 of the layer at hand. Attribution has 33 sources at block level, and gradients that wait: 65, or 5 in groups
 of one layer. So `kept` about 1.5 times the bare pass; `checkpointed` 80 against 40, about twice: to keep every source
 is to keep two tensors a layer where the bare pass keeps one, and no order of contraction avoids it, as each source is
-wanted by all destinations above it. `segments` keeps keys, values and their gradients alone, a quarter of a tensor each, 16 in
-all, and some of one layer (masks, keys of all heads): below the bare pass. Nothing grows faster than T: neither [T, T]
-nor [T, V] is there at any time.
+wanted by all destinations above it. `segments` keeps keys, values and their gradients alone, a quarter of a tensor
+each, 16 in all, and some of one layer (masks, keys of all heads): below the bare pass. Nothing grows faster than T:
+neither [T, T] nor [T, V] is there at any time.
 
     python -m benchmarks.memory
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,21 +17,21 @@ _LEAST = 256
 
 
 def tokens_that_fit(model: Any, graph: Graph, lengths: Sequence[int], patched: bool) -> int:
-    """Tokens of the largest batch that the fastest dials have memory for, by the planner's estimates.
+    """Tokens of the largest batch that memory holds without checkpointing, by the planner's estimates.
 
     Args:
-        lengths: [n] tokens of the samples: batches are of long ones, or of many short ones.
+        lengths: [n] tokens of the samples: batches are of long ones, or of many short ones. One that is longer than a
+            batch is scored alone, with dials of its own, and does not make batches of the others smaller.
         patched: sources of two prompts are held.
     """
     sites, device = Sites(model, graph), device_of(model)
     memory = free_memory(device)
-    if device.type == "cpu":  # which the processes of a machine share
-        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     tokens = _MOST.get(device.type, _MOST_OF_A_CARD)
     while tokens > _LEAST:
-        shapes = [(max(1, tokens // n), n) for n in {min(lengths), max(lengths)}]
+        short = [n for n in lengths if n <= tokens] or [min(lengths)]
+        shapes = [(max(1, tokens // n), n) for n in {min(short), max(short)}]
         works = [Work.of(model, sites, b, n, n_loss=b * n, patched=patched) for b, n in shapes]
-        if all(Plan.within(memory, work, graph.n_layers, False).fits for work in works):
+        if all(Plan.within(memory, work, None, False).fits for work in works):
             break
         tokens //= 2
     return tokens

@@ -9,6 +9,7 @@ makes (`flush_cuts`); sizes are estimates, and `tests/test_plan.py` holds them t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from eaptk.cards import COPIES, PASSES, PRODUCTS, Card
 from eaptk.errors import EaptkError
 from eaptk.graph import Granularity, Graph
 from eaptk.kernels.reference import chunk_tokens, group_starts
+from eaptk.kernels.tiles import cdiv
 from eaptk.losses import chunk_positions
 from eaptk.sites import LayerSites, Reader, Sites
 from eaptk.weights import features, linear_maps
@@ -134,7 +136,10 @@ class Work:
         _, vocabulary = features(sites.unembedding) or sites.unembedding.weight.shape[::-1]
         on_gpu = sites.devices[0].type == "cuda" if on_gpu is None else on_gpu
         most_together = chunk_positions(vocabulary, "cuda" if on_gpu else "cpu")
-        n_together = tokens if whole_logits else min(n_loss, most_together)
+        n_together = tokens if whole_logits else cdiv(n_loss, max(1, cdiv(n_loss, most_together)))
+        # Of a chunk there are logits and slope; a half-precision one's slope is wide, and a soft-cap keeps its operand.
+        logit = 16 if whole_logits else 8 if size >= 4 else 12
+        logit += 0 if whole_logits or getattr(config, "final_logit_softcapping", None) is None else 8
         return cls(
             graph=graph,
             readers=tuple(sites.readers),
@@ -150,7 +155,7 @@ class Work:
             + (square * (size + 4) if eager else 0),
             backward=tokens * size * 3 * inner,
             n_together=n_together,
-            logits=n_together * vocabulary * (16 if whole_logits else 12) * max(1, size // 4)
+            logits=n_together * vocabulary * logit * max(1, size // 4)
             + n_loss * width * size * (0 if whole_logits else 3),
             parameters=sum(
                 read * written for each in sites.layers for read, written in linear_maps(each.block)
@@ -362,7 +367,10 @@ class Plan:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that new tensors may take on a device; without limit where the system does not say."""
+    """Bytes that new tensors may take on a device; without limit where the system does not say.
+
+    Of a machine's own memory each of the processes that torchrun started there may take its share.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -371,7 +379,8 @@ def free_memory(device: torch.device) -> int:
         found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
         found = None
-    return int(found[1]) * 1024 if found else 2**63 - 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(found[1]) * 1024 // processes if found else 2**63 - 1
 
 
 def foresee(

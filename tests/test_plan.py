@@ -13,10 +13,11 @@ from tiny import VOCABULARY, tiny_model
 from torch import nn
 
 from benchmarks.cost import bare_pass
-from eaptk import Batch, EaptkError, Graph, attribute, cli
+from eaptk import Batch, EaptkError, Graph, attribute, attribute_cuts, cli, losses
 from eaptk.batch import NO_TARGET
+from eaptk.budget import tokens_that_fit
 from eaptk.graph import Granularity
-from eaptk.plan import MARGIN, Plan, Work, flush_cuts, parse_bytes
+from eaptk.plan import MARGIN, Plan, Work, flush_cuts, free_memory, parse_bytes
 from eaptk.sites import Sites
 
 GRANULARITIES: list[Granularity] = ["block", "head"]
@@ -100,6 +101,62 @@ def test_flops_are_those_that_torch_counts(name: str, granularity: Granularity, 
         )
         added = work.contraction_flops(flush_layers) + work.expansion_flops(flush_layers)
         assert added + work.recompute_flops * checkpoint == pytest.approx(whole - bare, rel=0.03)
+
+
+@pytest.mark.parametrize("cuts", [None, [300, 310, TOKENS]], ids=["one-pass", "three-passes"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_logits_of_a_wide_vocabulary_are_counted_a_chunk_at_a_time(
+    checkpoint: bool, cuts: list[int] | None
+) -> None:
+    found = case("llama", "block", vocab_size=32768)
+    n_cuts = 1 if cuts is None else len(cuts)
+    work = Work.of(found.model, found.sites, 1, TOKENS, n_loss=TOKENS - 1, n_cuts=n_cuts)
+    assert losses.MIN_POSITIONS < work.n_together <= losses.chunk_positions(32768, "cpu")
+    dials = {"flush_layers": LAYERS, "checkpoint": checkpoint}
+    measured = peak_bytes(
+        lambda: (
+            attribute(found.model, found.batch, found.graph, **dials)
+            if cuts is None
+            else attribute_cuts(found.model, found.batch, found.graph, cuts, **dials)
+        )
+    )
+    assert 1 / MARGIN < work.peak(**dials) / measured < MARGIN
+
+
+def test_a_loss_of_ones_own_has_the_logits_of_all_positions() -> None:
+    found = case("llama", "block", vocab_size=8192)
+    work = Work.of(found.model, found.sites, 1, TOKENS, n_loss=TOKENS, whole_logits=True)
+
+    def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return torch.log_softmax(logits, -1)[:, :, 0].mean(1)
+
+    measured = peak_bytes(
+        lambda: attribute(
+            found.model, found.batch, found.graph, loss=loss, flush_layers=LAYERS, checkpoint=False
+        )
+    )
+    assert 1 / MARGIN < work.peak(LAYERS, False) / measured < MARGIN
+
+
+@pytest.mark.parametrize("lengths", [[20, 50], [20, 50, 100_000]], ids=["short", "one-long"])
+def test_a_batch_has_as_many_tokens_as_memory_holds(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = case("llama", "block")
+    chosen = []
+    for memory in (2**40, 10**8, 10**7, 1):
+        monkeypatch.setattr("eaptk.budget.free_memory", lambda device, memory=memory: memory)
+        chosen.append(tokens_that_fit(found.model, found.graph, lengths, False))
+    assert chosen[0] == 2048
+    assert chosen[-1] == 256
+    assert chosen == sorted(chosen, reverse=True)
+    assert 256 < chosen[1] < 2048, "a sample that is scored alone does not count"
+
+
+def test_processes_share_a_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = free_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 0.2 < free_memory(torch.device("cpu")) / alone < 0.3
 
 
 def test_the_fastest_dials_that_fit_are_chosen() -> None:
