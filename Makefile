@@ -21,6 +21,7 @@ reproduce: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.throughput
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_model
@@ -42,8 +43,8 @@ def test_both_loops_run_and_leave_the_model_as_it_was() -> None:
     model, samples = tiny_model("qwen2", max_position_embeddings=2048), make_samples(4, VOCABULARY)[:2]
     hooks = len(model._forward_pre_hooks)
     for level in TARGETS:
-        assert min(seconds_of_score(model, samples, level, 2048)) > 0
-    assert seconds_of_bare(model, [without_padding(samples, VOCABULARY)]) > 0
+        assert np.min(seconds_of_score(model, samples, level, 2048)) > 0
+    assert np.min(seconds_of_bare(model, [without_padding(samples, VOCABULARY)])) > 0
     assert len(model._forward_pre_hooks) == hooks
 
 
