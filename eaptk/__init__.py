@@ -41,6 +41,7 @@ _HOME = {
     "register_architecture": "architecture",
     "run_study": "study",
     "score": "run",
+    "score_cuts": "run",
     "select": "selection",
     "source_means": "attribution",
     "strongest": "edges",

@@ -39,7 +39,7 @@ from eaptk.graph import Graph
 from eaptk.loading import load_model, load_tokenizer
 from eaptk.questions import Question, read_questions
 from eaptk.replicates import correct
-from eaptk.run import score
+from eaptk.run import score, score_cuts
 from eaptk.selection import Selection, select
 from eaptk.sensitivity import complexity_sensitivity
 from eaptk.store import Run
@@ -211,24 +211,53 @@ def score_stage(
     for name in study.used_models:
         mine = [setting for setting in everything if name in setting.family.models]
         with _loaded(study, name) as (model, tokenizer):
-            for setting in mine:
-                score(
-                    model,
-                    answers[name, setting.dataset].samples(setting.ids),
-                    out / "runs" / setting.place / folder_name(name),
-                    tokenizer=tokenizer,
-                    loss="self_nll",
-                    given_answers=True,
-                    cut=setting.cut,
-                    progress=progress,
-                    **asdict(study.scoring),
-                )
+            for together in _together(mine, out, name):
+                outs = {setting.cut: _run_folder(out, setting, name) for setting in together}
+                options: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress}
+                options |= {"loss": "self_nll", "given_answers": True, **asdict(study.scoring)}
+                samples = answers[name, together[0].dataset].samples(together[0].ids)
+                if len(outs) > 1:
+                    score_cuts(model, samples, outs, **options)
+                else:
+                    ((cut, run),) = outs.items()
+                    score(model, samples, run, cut=cut, **options)
             # Last, as it turns a model in half precision into float32.
             for setting in mine:
                 _validation(study, setting, name, answers[name, setting.dataset], out, model)
             del model
         if console is not None:
             _say(console, f"scored {name}: {len(mine)} {'run' if len(mine) == 1 else 'runs'}")
+
+
+def _run_folder(out: Path, setting: Setting, name: str) -> Path:
+    return out / "runs" / setting.place / folder_name(name)
+
+
+def _together(settings: Sequence[Setting], out: Path, name: str) -> Iterator[list[Setting]]:
+    """Experiments of one model that share forward passes: of the same questions, each with a cut of its own.
+
+    Runs that are there go on with the cuts they were begun with: other α may have been added since.
+    """
+    left = list(settings)
+    while left:
+        alike = [s for s in left if (s.place.parent, s.ids) == (left[0].place.parent, left[0].ids)]
+        begun = [_begun_with(_run_folder(out, s, name), s.cut) for s in alike]
+        cuts = next((each for each in begun if each), [s.cut for s in alike])
+        together: dict[int, Setting] = {}
+        for s, each in zip(alike, begun, strict=True):
+            if s.cut in cuts and each in (None, cuts):
+                together.setdefault(s.cut, s)
+        yield list(together.values())
+        left = [s for s in left if not any(s is other for other in together.values())]
+
+
+def _begun_with(run: Path, cut: int) -> list[int] | None:
+    """The cuts that a run shares its forward passes with, itself included; None if there is no run."""
+    manifest = run / "manifest.json"
+    if not manifest.exists():
+        return None
+    cuts = list(read_json(manifest).get("cuts", ()))
+    return cuts if cut in cuts else [cut]
 
 
 def compare_stage(
@@ -238,7 +267,7 @@ def compare_stage(
     experiments = []
     for setting in settings(study, selections):
         family, chosen = setting.family, selections[setting.family.name, setting.dataset]
-        runs = [Run.open(out / "runs" / setting.place / folder_name(name)) for name in family.models]
+        runs = [Run.open(_run_folder(out, setting, name)) for name in family.models]
         options: dict[str, Any] = {
             "names": family.models,
             "bins": study.comparison.bins,
@@ -330,7 +359,7 @@ def _validation(study: Study, setting: Setting, name: str, answers: Answers, out
     """Validate one model in one experiment, unless that has been done."""
     if setting.alpha != _validated_alpha(study):
         return
-    run = out / "runs" / setting.place / folder_name(name)
+    run = _run_folder(out, setting, name)
     options = study.validation
     samples = [
         replace(sample, answer_ids=sample.answer_ids[: setting.cut])
