@@ -124,14 +124,14 @@ class Replica:
         spread = work.sources * share // layers + work.rows + share * kept
         return min(whole, spread + max(work.logits, plan.waiting + max(inside, scratch)))
 
-    def plan(self, work: Work, memory: int) -> Plan:
+    def plan(self, work: Work, memory: int, checkpoint: bool | None = None) -> Plan:
         """The fastest dials that fit into one card's `memory`, weights included; the most frugal if none do."""
         free = memory - work.weights // self.cards
         plans = []
-        for checkpoint in (False, True):
+        for recompute in (False, True) if checkpoint is None else (checkpoint,):
             layers = work.graph.n_layers
             while layers:
-                plan = Plan(work, free, layers, checkpoint, 0)
+                plan = Plan(work, free, layers, recompute, 0)
                 plans.append(replace(plan, peak=self.peak(plan)))
                 if plans[-1].fits:
                     return plans[-1]
@@ -231,19 +231,28 @@ class Setup:
     card: str
     replica: Replica
     tokens_per_batch: int
+    usual: int
     longest: int
 
     @cached_property
     def plan(self) -> Plan:
-        """Dials of the largest batch; smaller ones may do with faster dials, which is left out."""
-        n_samples = max(1, self.tokens_per_batch // self.longest)
-        work = work_of(self.shape, self.granularity, n_samples, self.longest)
-        return self.replica.plan(work, CARDS[self.card].memory)
+        """Dials of most batches."""
+        return self._plan(self.usual)
+
+    @property
+    def fits(self) -> bool:
+        return self.plan.fits and self._plan(self.longest).fits
 
     @property
     def card_bytes(self) -> int:
         """At the height of a card's memory."""
-        return self.plan.work.weights // self.replica.cards + self.plan.peak
+        peak = max(self.plan.peak, self._plan(self.longest).peak)
+        return self.plan.work.weights // self.replica.cards + peak
+
+    def _plan(self, n_tokens: int) -> Plan:
+        n_samples = max(1, self.tokens_per_batch // n_tokens)
+        work = work_of(self.shape, self.granularity, n_samples, n_tokens)
+        return self.replica.plan(work, CARDS[self.card].memory)
 
     @cached_property
     def law(self) -> Law:
@@ -274,7 +283,7 @@ def choose(
 ) -> Setup:
     """The replica that costs the fewest seconds × cards a token, on the first kind of card of which a node holds it.
 
-    Tokens of a batch are as `eaptk.score` takes them: as many as fit without checkpointing or flush groups.
+    Tokens of a batch are as `eaptk.score` takes them: as many as fit without checkpointing.
 
     Args:
         lengths: tokens of the shortest sample, of most, and of the longest.
@@ -289,8 +298,8 @@ def choose(
             if work_of(shape, granularity, 1, longest).weights >= replica.cards * memory:
                 continue
             tokens = _tokens_that_fit(shape, granularity, replica, memory, shortest, longest)
-            setup = Setup(shape, granularity, card, replica, tokens, longest)
-            if setup.plan.fits:
+            setup = Setup(shape, granularity, card, replica, tokens, usual, longest)
+            if setup.fits:
                 n_samples = max(1, tokens // usual)
                 cost = setup.law.of_batch(n_samples, usual) * replica.cards / n_samples
                 fitting.append((cost, replica.cards, setup))
@@ -304,12 +313,11 @@ def _tokens_that_fit(
 ) -> int:
     tokens = MOST_OF_A_CARD
     while tokens > LEAST:
-        works = [work_of(shape, granularity, max(1, tokens // n), n) for n in {shortest, longest}]
-        plans = [
-            Plan(work, memory - work.weights // replica.cards, work.graph.n_layers, False, 0)
-            for work in works
-        ]
-        if all(replace(plan, peak=replica.peak(plan)).fits for plan in plans):
+        # Those longer than a batch are scored alone, with dials of their own.
+        lengths = {shortest, min(longest, max(tokens, shortest))}
+        works = [work_of(shape, granularity, max(1, tokens // n), n) for n in lengths]
+        plans = [replica.plan(work, memory, checkpoint=False) for work in works]
+        if all(plan.fits for plan in plans):
             break
         tokens //= 2
     return tokens

@@ -13,8 +13,8 @@ Two figures of the same tokens, taken in turns in one process:
   told apart as start: reading samples, knowing weights and dataset, planning, laying out files.
 
 Tokens are real ones in both. Shares are of wall time; those of processor time are beside them, which other work on the
-machine and a slow disk leave alone: where the two differ, the machine was not quiet. Plans for other budgets and numbers of samples, and the time it takes to read a dataset,
-are recorded beside.
+machine and a slow disk leave alone: where the two differ, the machine was not quiet. Plans for other budgets and
+numbers of samples, and the time it takes to read a dataset, are recorded beside.
 
     python -m benchmarks.throughput
 """

@@ -61,8 +61,9 @@ class Lock:
 
     @job.setter
     def job(self, name: str) -> None:
-        os.ftruncate(self._file, 0)
+        # In place: on a full disk the room that a cut would give up might not come back.
         os.pwrite(self._file, name.encode(), 0)
+        os.ftruncate(self._file, len(name.encode()))
 
     def busy(self) -> EaptkError:
         """What to tell a process that may not write now."""

@@ -272,7 +272,7 @@ def _open(
     keep: Keep,
 ) -> dict[int | None, RunWriter]:
     """Writers of all runs: the lead lays them out, then the others join; none for who writes nothing."""
-    job = team.share("job", lambda: uuid4().hex)
+    job = team.share("job", lambda: uuid4().hex if team.size > 1 else "")
 
     def opened() -> dict[int | None, RunWriter]:
         return {

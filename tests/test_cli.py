@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_help_fits_a_terminal_of_80_columns_with_its_examples_set_apart(command:
     prose, _, examples = shown.partition("╭")[0].partition("Examples:")
     lines = [line.rstrip() for line in examples.splitlines() if line.strip()]
     assert len(lines) >= 2
-    assert all(line.startswith(f"   eaptk {command} ") for line in lines), lines
+    assert all(re.match(rf"   (eaptk|torchrun .* -m eaptk) {command} ", line) for line in lines), lines
     # A paragraph wrapped twice, in the source and by the terminal, has short lines in its middle.
     for paragraph in prose.split("\n" + " " * 80 + "\n")[1:]:
         *full, _ = [line.strip() for line in paragraph.strip().splitlines()] or [""]

@@ -25,8 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Before the libraries that read them are imported.
+# ruff: noqa: E402 - what is set here the libraries read while they are imported.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+# Where it is installed TRL imports it, and it tells of kernels for weights that there are none of here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 from datasets import Dataset, disable_progress_bars
