@@ -169,9 +169,13 @@ def soak(
         elif not killed:
             assert code == 0, job.log()
     disturbed = time.monotonic() - began
+    assert len(killed_at) == n_kills, (
+        f"the run was killed {len(killed_at)} times and then ended: too few rows"
+    )
+    assert filled, "the disk was never filled"
     assert_same(out, whole)
     times = (round(seconds, 2) for seconds in (undisturbed, start, disturbed))
-    return Soak(n_samples, Run.open(whole).graph.n_edges, *times, starts, killed_at, fill)
+    return Soak(n_samples, Run.open(whole).graph.n_edges, *times, starts, killed_at, filled=fill)
 
 
 def n_done(run: Path) -> int:
@@ -188,10 +192,12 @@ def kill_one(job: Job, run: Path, n_rows: int, seconds: float, chance: random.Ra
     while n_done(run) < n_rows and time.monotonic() < deadline and not job.has_ended():
         time.sleep(0.01)
     time.sleep(chance.uniform(0, 0.05))
-    for pid in chance.sample(pids := job.pids(), len(pids)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            return True
+    while not job.has_ended():  # where the moment had come before, a launcher may have started none yet
+        for pid in chance.sample(pids := job.pids(), len(pids)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                return True
+        time.sleep(0.01)
     return False
 
 
