@@ -197,7 +197,7 @@ class Work:
             normed = sum(r.rows for r in readers if r.normed)
             return KERNEL_SCRATCH + 12 * self.n_samples * self.n_tokens * normed
         n_sources, element = self.graph.n_sources, max(4, self.itemsize)
-        tokens = min(self.n_tokens, chunk_tokens(n_sources, self.width))
+        tokens = min(self.n_samples * self.n_tokens, chunk_tokens(n_sources, self.width))
         rows = max(sum(r.rows for r in group) for group in _groups(readers))
         expanding = sum(r.rows for r in readers if r.branch)
         expanding += self.graph.n_heads * len(self._sources_read(readers))

@@ -15,10 +15,10 @@ u_d at the norm's output (u_d = g_d·W_d where it comes as heads), the norm's ve
 Tokens are taken in chunks whose expanded rows stay in cache: within a chunk every source is expanded
 once, then destinations group by group, and each group is one matrix product with the sources it reads.
 A group holds several layers to make that product worth its overhead; the few products with no edge
-that this costs are dropped when rows are packed.
+that this costs are dropped when rows are packed. Short samples of one length share a chunk.
 
-Bits: a chunk's tokens depend on the sample's own length and the number of sources alone, and a product on its group
-alone. So destinations may come in several calls, cut where `group_starts` says, and the bits are the same.
+Bits: a chunk's tokens depend on lengths and the number of sources alone, and a product on its group alone. So
+destinations may come in several calls, cut where `group_starts` says, and the bits are the same.
 """
 
 from __future__ import annotations
@@ -72,36 +72,53 @@ def contract(
     n_sources = sum(s.rows for s in sources)
     group_rows = max(group.rows for group in groups)
 
-    longest = min(chunk, max(lengths))
-    source_scratch = torch.empty(n_sources * longest * width, dtype=dtype, device=device)
-    group_scratch = torch.empty(group_rows * longest * width, dtype=dtype, device=device)
+    packs = _packs(lengths, chunk)
+    most = max(min(chunk, length) * (samples.stop - samples.start) for samples, length in packs)
+    source_scratch = torch.empty(n_sources * most * width, dtype=dtype, device=device)
+    group_scratch = torch.empty(group_rows * most * width, dtype=dtype, device=device)
     real = torch.cat([group.real() for group in groups]).nonzero().flatten().to(device)
     scores = torch.empty(len(lengths), len(real), dtype=dtype, device=device)
-    for b, length in enumerate(lengths):
-        sums = [torch.zeros(group.rows, group.reach, dtype=torch.float64, device=device) for group in groups]
+    for samples, length in packs:
+        n_samples = samples.stop - samples.start
+        sums = [
+            torch.zeros(n_samples, group.rows, group.reach, dtype=torch.float64, device=device)
+            for group in groups
+        ]
         even = cdiv(length, cdiv(length, chunk))  # chunks of one size, rather than a small last one
         for start in range(0, length, even):
-            tokens = slice(start, min(start + even, length))
-            n = tokens.stop - tokens.start
-            expanded = source_scratch[: n_sources * n * width].view(n_sources, n, width)
+            part = samples, slice(start, min(start + even, length))
+            shape = (n_samples, part[1].stop - start, width)
+            size = n_samples * shape[1] * width
+            expanded = source_scratch[: n_sources * size].view(n_sources, *shape)
             row = 0
             for source, weight in zip(sources, source_weights, strict=True):
-                _expand_source(source, weight, b, tokens, expanded[row : row + source.rows])
+                _expand_source(source, weight, part, expanded[row : row + source.rows])
                 row += source.rows
             for group, total in zip(groups, sums, strict=True):
-                gradients = group_scratch[: group.rows * n * width].view(group.rows, n, width)
+                gradients = group_scratch[: group.rows * size].view(group.rows, *shape)
                 row = 0
                 for reader in group.readers:
-                    reader.expand(b, tokens, gradients[row : row + reader.rows])
+                    reader.expand(part, gradients[row : row + reader.rows])
                     row += reader.rows
                 total += _product(gradients, expanded[: group.reach])
-        scores[b] = torch.cat([total.flatten() for total in sums])[real]
+        scores[samples] = torch.cat([total.flatten(1) for total in sums], 1)[:, real]
     return scores if sources[0].replacement is not None else scores.neg_()
 
 
 def chunk_tokens(n_sources: int, width: int) -> int:
     """Most tokens of a chunk."""
     return max(MIN_TOKENS, SCRATCH // ((n_sources + GROUP_ROWS) * width))
+
+
+def _packs(lengths: Sequence[int], chunk: int) -> list[tuple[slice, int]]:
+    """Neighbouring samples of one length that fill no more than a chunk together, and their length."""
+    packs, first = [], 0
+    for length, members in groupby(lengths):
+        last = first + len(list(members))
+        size = max(1, chunk // length)
+        packs += [(slice(a, min(a + size, last)), length) for a in range(first, last, size)]
+        first = last
+    return packs
 
 
 def read_by(sources: Sequence[Source], destinations: Sequence[Destination]) -> list[Source]:
@@ -147,30 +164,30 @@ class _Reader:
             #: [B, T, 1], and the mean that goes before it.
             self.mean, self.rho = _statistics(self.norm, dtype)
 
-    def expand(self, b: int, tokens: slice, out: Tensor) -> None:
-        """Write G of `tokens` into out [rows, t, D]."""
+    def expand(self, part: tuple[slice, slice], out: Tensor) -> None:
+        """Write G of a part of samples and tokens into out [rows, b, t, D]."""
         norm = self.norm
         if norm is None:
             for row, member in zip(out, self.members, strict=True):
-                row.copy_(member.gradient[b, tokens])
+                row.copy_(member.gradient[part])
             return
-        rho = self.rho[b, tokens]
-        normed = norm.stream[b, tokens].to(out.dtype)
-        normed = (normed if self.mean is None else normed - self.mean[b, tokens]) * rho
+        rho = self.rho[part]
+        normed = norm.stream[part].to(out.dtype)
+        normed = (normed if self.mean is None else normed - self.mean[part]) * rho
         if self.weight is None:
             scale = rho * norm.gain.to(out.dtype)
             for row, member in zip(out, self.members, strict=True):
-                torch.mul(member.gradient[b, tokens], scale, out=row)
+                torch.mul(member.gradient[part], scale, out=row)
             if norm.centred:
                 out -= out.mean(-1, keepdim=True)
         else:
             narrow = torch.empty(
-                out.shape[1], self.rows, self.weight.shape[1], dtype=out.dtype, device=out.device
+                *out.shape[1:3], self.rows, self.weight.shape[1], dtype=out.dtype, device=out.device
             )
-            parts = narrow.split([member.rows for member in self.members], dim=1)
-            for part, member in zip(parts, self.members, strict=True):
-                torch.mul(member.gradient[b, tokens], rho.unsqueeze(1), out=part)
-            torch.bmm(narrow.transpose(0, 1), self.weight, out=out)
+            shares = narrow.split([member.rows for member in self.members], dim=2)
+            for share, member in zip(shares, self.members, strict=True):
+                torch.mul(member.gradient[part], rho.unsqueeze(-1), out=share)
+            torch.bmm(narrow.flatten(0, 1).transpose(0, 1), self.weight, out=out.flatten(1, 2))
         along = torch.linalg.vecdot(out, normed.unsqueeze(0))
         out.addcmul_(along.unsqueeze(-1), normed.unsqueeze(0), value=-1 / normed.shape[-1])
 
@@ -219,24 +236,24 @@ def _source_weight(source: Source, dtype: torch.dtype) -> Tensor | None:
     return weight.contiguous() if source.gain is None else weight * source.gain.to(dtype)
 
 
-def _expand_source(source: Source, weight: Tensor | None, b: int, tokens: slice, out: Tensor) -> None:
-    """Write O_s, or O'_s − O_s, of `tokens` into out [rows, t, D]."""
-    value = source.value[b, tokens]
+def _expand_source(source: Source, weight: Tensor | None, part: tuple[slice, slice], out: Tensor) -> None:
+    """Write O_s, or O'_s − O_s, of a part of samples and tokens into out [rows, b, t, D]."""
+    value = source.value[part]
     if source.replacement is not None:
-        value = source.replacement.expand_as(source.value)[b, tokens].to(out.dtype) - value.to(out.dtype)
+        value = source.replacement.expand_as(source.value)[part].to(out.dtype) - value.to(out.dtype)
     if weight is None:
         out[0].copy_(value)
     else:
-        torch.bmm(value.to(out.dtype).transpose(0, 1), weight, out=out)
+        torch.bmm(value.to(out.dtype).flatten(0, 1).transpose(0, 1), weight, out=out.flatten(1, 2))
 
 
 def _product(gradients: Tensor, expanded: Tensor) -> Tensor:
-    """[n_d, t, D] × [n_s, t, D] → [n_d, n_s], summed over tokens and width."""
-    inner = gradients[0].numel()
-    parts = SPLIT if inner % SPLIT == 0 else 1
-    left = gradients.view(len(gradients), parts, -1).transpose(0, 1)
-    right = expanded.reshape(len(expanded), parts, -1).permute(1, 2, 0)
-    return torch.bmm(left, right).sum(0, dtype=torch.float64)
+    """[n_d, b, t, D] × [n_s, b, t, D] → [b, n_d, n_s], summed over tokens and width."""
+    n_samples = gradients.shape[1]
+    parts = SPLIT if gradients[0, 0].numel() % SPLIT == 0 else 1
+    left = gradients.view(len(gradients), n_samples * parts, -1).transpose(0, 1)
+    right = expanded.reshape(len(expanded), n_samples * parts, -1).permute(1, 2, 0)
+    return torch.bmm(left, right).unflatten(0, (n_samples, parts)).sum(1, dtype=torch.float64)
 
 
 def check(sources: Sequence[Source], destinations: Sequence[Destination], lengths: Sequence[int]) -> None:
