@@ -171,6 +171,7 @@ def score(
             outs = {each: out / f"cut-{each}" for each in cut}
             runs = list(score_cuts(model, data, outs, **options).values())
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked once more, it has nothing left to finish
         print(
             f"eaptk: stopped; finished rows are kept in {out}, the same command goes on from there",
             file=sys.stderr,

@@ -49,19 +49,21 @@ class Process:
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that work together, as a launcher starts them: if one fails, it ends the others."""
+    """Processes that work together, as a launcher starts them: if one fails, it ends the others, once."""
 
     members: list[Process]
 
     def wait(self) -> list[int]:
         """Exit codes by rank."""
         codes: dict[int, int] = {}
+        has_failed = False
         deadline = time.monotonic() + 60
         while len(codes) < len(self.members):
             for rank, member in enumerate(self.members):
                 if rank not in codes and member.has_ended():
                     codes[rank] = member.wait()
-                    if codes[rank]:
+                    if codes[rank] and not has_failed:
+                        has_failed = True
                         for other in set(range(len(self.members))) - set(codes):
                             self.members[other].kill(signal.SIGTERM)
             if time.monotonic() > deadline:
