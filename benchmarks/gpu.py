@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
@@ -47,7 +46,6 @@ from benchmarks.cost import TARGETS, bare_pass
 from benchmarks.dense import dense_scores
 from eaptk import Batch, Graph, Sample, attribute, collate
 from eaptk.batch import NO_TARGET
-from eaptk.capture import run_again
 from eaptk.graph import Granularity
 from eaptk.kernels import Destination, Norm, Source, contract, row_statistics
 from eaptk.plan import Plan, Work, free_memory
@@ -289,13 +287,6 @@ def random_batch(of: Shape, tokens: int) -> Batch:
     return collate([Sample("0", ids[:-answer], ids[-answer:])])
 
 
-def bare(model: torch.nn.Module, sites: Sites, batch: Batch, checkpoint: bool) -> None:
-    with ExitStack() as stack:
-        for layer in sites.layers if checkpoint else ():
-            stack.enter_context(run_again(layer.block))
-        bare_pass(model, sites, batch)
-
-
 def end_to_end(model: torch.nn.Module, of: Shape, tokens: int) -> dict[str, Any]:
     """Seconds of the bare passes, and attribution's as a multiple of them, by granularity."""
     batch = random_batch(of, tokens).to(DEVICE)
@@ -309,7 +300,7 @@ def end_to_end(model: torch.nn.Module, of: Shape, tokens: int) -> dict[str, Any]
         dials = {"flush_layers": plan.flush_layers, "checkpoint": plan.checkpoint}
         again = plan.checkpoint
         if again not in floors:
-            floors[again] = seconds_or_inf(lambda s=sites, a=again: bare(model, s, batch, a))  # type: ignore[misc]
+            floors[again] = seconds_or_inf(lambda s=sites, a=again: bare_pass(model, s, batch, a))  # type: ignore[misc]
         taken = seconds_or_inf(lambda g=graph, d=dials: attribute(model, batch, g, **d))  # type: ignore[misc]
         ratio = taken / floors[again] if math.isfinite(floors[again]) else math.nan
         found[granularity] = {"bare": floors[again], "ratio": ratio, **dials, "predicted_peak": plan.peak}

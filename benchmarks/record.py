@@ -11,7 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+#: Records of quick runs, which say whether all works and not how fast it is: none is committed.
+QUICK = ROOT / "build" / "bench"
 
 
 def environment() -> dict[str, Any]:
@@ -29,10 +32,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
-    """Write benchmarks/results/{name}.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, result: dict[str, Any], quick: bool = False) -> Path:
+    """Write benchmarks/results/{name}.json, or build/bench/{name}.json of a quick run."""
+    path = (QUICK if quick else RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
     return path
 

@@ -207,7 +207,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr(command, "FOLDER", folder)
-        patch.setattr(record, "RESULTS", folder)
+        patch.setattr(record, "QUICK", folder)
         patch.setenv("COLUMNS", "200")
         patch.setitem(SHAPES, "tiny", Shape("Qwen2Config", shape | heads, n_layers=2, quick_layers=2))
         patch.setitem(PEERS, "right", Peer("eaptk_attribute", "eaptk itself", HEAD, None))
@@ -217,7 +217,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
         patch.setitem(PEERS, "missing", Peer("no_such_tool", "is not there", HEAD, None))
         arguments = ["--peers", "missing", "wrong", "right", "--shapes", "tiny"]
         command.main(["--quick", "--tokens", "16", "--threads", "1", *arguments])
-    return json.loads((folder / "peers-quick.json").read_text()), printed.getvalue()
+    return json.loads((folder / "peers.json").read_text()), printed.getvalue()
 
 
 def test_a_peer_that_fails_is_reported_and_not_dropped(whole_run: tuple[dict, str]) -> None:

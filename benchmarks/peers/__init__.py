@@ -19,7 +19,7 @@ The record, benchmarks/results/peers.json, beside `record.environment`:
         check       errors: relative Frobenius distance to float64 of float32 scores, over all edges and over those into
                     each kind of destination; limit; passed
         seconds     of one sample; each: by contender ("peer", "eaptk", "bare"), in order of rounds; median: of these;
-                    ratio: median and quartiles (null of fewer than 3 rounds) of ratios within rounds
+                    ratio: of seconds within rounds; each, their median, and its interval (`benchmarks.timing`)
         memory      tokens: two lengths; bytes: by contender, at most resident above the loaded model at each (from
                     VmHWM, in processes whose allocator gives back what is freed); "eaptk, least memory" contracts a
                     layer at a time and runs layers again

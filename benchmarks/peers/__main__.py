@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "shapes": shapes,
         "comparisons": comparisons,
     }
-    path = record.write("peers-quick" if options.quick else "peers", result)
+    path = record.write("peers", result, options.quick)
     for shape in options.shapes:
         of_shape = [found for found in comparisons if found["shape"] == shape]
         Console().print(costs(of_shape, options.tokens, options.gigabytes))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from benchmarks.peers.catalogue import Peer
 from benchmarks.peers.client import ROOT, Form, Tool, ToolError
 from benchmarks.peers.conventions import Matrix, numbered, relative_errors
+from benchmarks.timing import in_turns, ratios
 from eaptk import Graph
 
 #: Largest relative error to float64, of the edges into any kind of destination, at which float32 scores are the same.
@@ -166,19 +168,13 @@ def largest(lengths: list[int], peaks: list[int], memory: float) -> int | None:
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Medians, and the peer and eaptk beside the others, as medians and quartiles of ratios round by round."""
-
-    def ratio(of: str, to: str) -> dict[str, Any]:
-        ratios = [a / b for a, b in zip(seconds[of], seconds[to], strict=True)]
-        spread = statistics.quantiles(ratios, n=4) if len(ratios) > 2 else None
-        return {"median": statistics.median(ratios), "quartiles": spread}
-
+    """Medians, and the peer and eaptk beside the others, by ratios round by round."""
     return {
         "median": {name: statistics.median(each) for name, each in seconds.items()},
         "ratio": {
-            "peer / eaptk": ratio("peer", "eaptk"),
-            "peer / bare": ratio("peer", "bare"),
-            "eaptk / bare": ratio("eaptk", "bare"),
+            "peer / eaptk": ratios(seconds, "peer", "eaptk"),
+            "peer / bare": ratios(seconds, "peer", "bare"),
+            "eaptk / bare": ratios(seconds, "eaptk", "bare"),
         },
     }
 
@@ -191,19 +187,8 @@ def _seconds(bench: Bench, theirs: Tool, folder: Path, form: Form) -> dict[str, 
     for _ in range(WARM_UP):
         for tool in (bench.eaptk, bench.bare):
             tool.score(tokens)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    rounds = 1
-    while len(seconds["peer"]) < rounds:
-        for name, tool in contenders.items():
-            seconds[name].append(tool.score(tokens))
-        if len(seconds["peer"]) == 1:
-            one = sum(each[0] for each in seconds.values())
-            # A round that takes all the time there is must do alone; of others three at least.
-            rounds = (
-                1
-                if one > bench.settings.seconds
-                else min(MOST_ROUNDS, max(3, int(bench.settings.seconds / one)))
-            )
+    runs = {name: partial(tool.score, tokens) for name, tool in contenders.items()}
+    seconds = in_turns(runs, bench.settings.seconds, warm_up=0, most=MOST_ROUNDS)
     return {"each": seconds, **summary(seconds)}
 
 

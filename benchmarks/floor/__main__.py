@@ -1,0 +1,91 @@
+"""Command line of the benchmark against the floor; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import record
+from benchmarks.floor import host
+from benchmarks.floor.passes import measure
+from benchmarks.floor.shapes import DEVICE, cases
+from benchmarks.floor.tables import host_table, passes_table
+
+PARTS = ("passes", "storing", "sweeping", "starting")
+#: Of the minutes, what goes to cases; the others are short.
+SHARE_OF_CASES = 0.8
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    console, started = Console(stderr=True), time.perf_counter()
+    seconds = 60 * options.minutes
+    settings = {
+        "quick": options.quick,
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
+        "threads": options.threads,
+        "minutes": options.minutes,
+    }
+    result: dict[str, Any] = {"settings": settings, "cases": []}
+    chosen = [case for case in cases(options.quick) if all(word in case.name for word in options.only)]
+    for number, case in enumerate(chosen if "passes" in options.parts else []):
+        left = seconds * SHARE_OF_CASES - (time.perf_counter() - started)
+        console.print(case.name, highlight=False)
+        result["cases"].append(_measured(case, max(5.0, left / (len(chosen) - number))))
+        gc.collect()
+    if "storing" in options.parts:
+        console.print("the store beside plain writes")
+        result["storing"] = host.storing(100 if options.quick else 500, 5 if options.quick else 40)
+    if "sweeping" in options.parts:
+        console.print("the sweep over rows beside reading them")
+        result["sweeping"] = host.sweeping(0.2 if options.quick else 1.0, 7)
+    if "starting" in options.parts:
+        console.print("starting up")
+        result["starting"] = host.starting(20 if options.quick else 60)
+    path = record.write("floor", result, options.quick)
+    out = Console()
+    for table in (passes_table(result), host_table(result)):
+        if table.row_count:
+            out.print(table)
+    minutes = (time.perf_counter() - started) / 60
+    print(f"{minutes:.1f} minutes; written to {Path(path).relative_to(record.ROOT)}")
+
+
+def _measured(case: Any, seconds: float) -> dict[str, Any]:
+    try:
+        return measure(case, seconds)
+    except (RuntimeError, MemoryError) as error:  # PyTorch's own of too little memory are RuntimeErrors
+        lines = str(error).splitlines() or [""]
+        return {"name": case.name, "error": f"{type(error).__name__}: {lines[0]}"}
+    finally:
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.floor",
+        description="Attribution beside the bare passes, kernels beside the machine's best, and the disk.",
+    )
+    parser.add_argument("--quick", action="store_true", help="shallower models, fewer repetitions")
+    parser.add_argument("--minutes", type=float, help="that it may take, about (20; 4 if quick)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="cases whose name has all of these words"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    options.minutes = options.minutes or (4 if options.quick else 20)
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""One case: are its scores right, what does attribution take beside the bare passes, and where does it go.
+
+The contraction is timed once more by itself, on operands caught on their way into it, beside a copy of memory (block
+level moves operands) or a square matrix product (head level multiplies them). What attribution takes above the bare
+passes and the contraction is hooks, views and rows. Where a target is missed, operators are listed by what attribution
+spends in them above the bare pass.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cost import TARGETS, bare_pass, peak_bytes
+from benchmarks.floor.shapes import DEVICE, SHAPES, Case, in_float64
+from benchmarks.timing import clocked, in_turns, ratios, summary
+from eaptk import Graph, attribute, division
+from eaptk.graph import Granularity
+from eaptk.kernels import Destination, Source, contract
+from eaptk.plan import Work, without_weights
+from eaptk.sites import Sites
+
+LEVELS: tuple[Granularity, ...] = ("block", "head")
+#: Fewest tokens of a batch that the targets are for: below it a pass is launches and page faults.
+LEAST_TOKENS = 256
+GATE_TOKENS = 24
+#: Largest relative error of scores to those of the same weights in float64. In half precision the model's own
+#: rounding is most of it.
+LIMITS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+#: And of the contraction alone to that of the same operands in float64.
+CONTRACTION_LIMITS = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
+#: Elements of the copy, and rows of the square product, that the contraction is held against.
+COPIED, SQUARE = (2**28, 8192) if DEVICE.type == "cuda" else (2**26, 2048)
+MOST_OPERATORS = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one contraction was given."""
+
+    sources: list[Source]
+    destinations: list[Destination]
+    lengths: list[int]
+
+    def run(self) -> Tensor:
+        with torch.no_grad():
+            return contract(self.sources, self.destinations, self.lengths)
+
+    def in_float64(self) -> Call:
+        """The same operands, wider."""
+        sources = [
+            replace(
+                s,
+                value=s.value.double(),
+                weight=_double(s.weight),
+                replacement=_double(s.replacement),
+                gain=_double(s.gain),
+            )
+            for s in self.sources
+        ]
+        destinations = [
+            replace(
+                d,
+                gradient=d.gradient.double(),
+                weight=_double(d.weight),
+                norm=d.norm and replace(d.norm, stream=d.norm.stream.double(), gain=d.norm.gain.double()),
+            )
+            for d in self.destinations
+        ]
+        return Call(sources, destinations, self.lengths)
+
+    @property
+    def moved(self) -> int:
+        """Bytes read when every operand is read once."""
+        read = [s.value for s in self.sources] + [d.gradient for d in self.destinations]
+        streams = {id(d.norm.stream): d.norm.stream for d in self.destinations if d.norm is not None}
+        return sum(x.numel() * x.element_size() for x in [*read, *streams.values()])
+
+    @property
+    def flops(self) -> int:
+        """2·D a token for every real edge, and 2·D·head_dim for every head that is expanded."""
+        tokens = sum(self.lengths)
+        width = next(s.value for s in self.sources if s.weight is None).shape[-1]
+        edges = sum(d.rows * d.reach for d in self.destinations)
+        heads = [x.weight for x in (*self.sources, *self.destinations) if x.weight is not None]
+        return 2 * tokens * width * (edges + sum(w.shape[0] * w.shape[1] for w in heads))
+
+
+def measure(case: Case, seconds: float) -> dict[str, Any]:
+    """What is recorded of a case; see `benchmarks.floor`.
+
+    Args:
+        seconds: that its repetitions may take, about.
+    """
+    found: dict[str, Any] = {"name": case.name, **asdict(case), "gate": gate(case)}
+    if not found["gate"]["passed"]:
+        return found
+    work = _contenders(case)
+    timed = in_turns({name: clocked(run) for name, run in work.items()}, seconds * 0.7)
+    bare_bytes = peak_bytes(work["bare"])
+    found["bare"] = {"seconds": summary(timed["bare"]), "bytes": bare_bytes}
+    for level in LEVELS:
+        here, whole = _flop_ratio(case, level), _flop_ratio(case, level, SHAPES[case.shape].layers)
+        ratio = ratios(timed, level, "bare")
+        found[level] = {
+            "seconds": summary(timed[level]),
+            "ratio": ratio,
+            "target": TARGETS[level] if case.n_samples * case.n_tokens >= LEAST_TOKENS else None,
+            "flop_ratio": here,
+            "flop_ratio_full_depth": whole,
+            "bytes_above_bare": peak_bytes(work[level]) - bare_bytes,
+            "contraction": _contraction(case, level, seconds * 0.15),
+        }
+        if found[level]["target"] and ratio["median"] > found[level]["target"]:
+            found[level]["profile"] = profile(work["bare"], work[level])
+    return found
+
+
+def gate(case: Case) -> dict[str, Any]:
+    """Scores of some tokens, and the contraction of their operands, beside float64."""
+    model, batch = case.model, case.batch(1, GATE_TOKENS)
+    graphs = {level: Graph.from_model(model, level) for level in LEVELS}
+    scores, contractions = {}, {}
+    for level, graph in graphs.items():
+        with caught() as calls:
+            scores[level] = attribute(model, batch, graph).rows
+        contractions[level] = max(distance(call.run(), call.in_float64().run()) for call in calls)
+    with in_float64(model):
+        errors = {
+            level: distance(scores[level], attribute(model, batch, graph).rows)
+            for level, graph in graphs.items()
+        }
+    limit, own = LIMITS[case.dtype], CONTRACTION_LIMITS[case.dtype]
+    passed = max(errors.values()) <= limit and max(contractions.values()) <= own
+    return {
+        "errors": errors,
+        "limit": limit,
+        "contraction_errors": contractions,
+        "contraction_limit": own,
+        "passed": passed,
+    }
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@contextmanager
+def caught() -> Iterator[list[Call]]:
+    """What contractions are given meanwhile."""
+    calls: list[Call] = []
+
+    def catch(sources: list[Source], destinations: list[Destination], lengths: list[int]) -> Tensor:
+        calls.append(Call(sources, destinations, lengths))
+        return calls[-1].run()
+
+    division.contract, before = catch, division.contract  # type: ignore[assignment]
+    try:
+        yield calls
+    finally:
+        division.contract = before
+
+
+def profile(bare: Callable[[], Any], own: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Operators by the seconds that `own` spends in them above `bare`, the most first."""
+    spent, calls = _by_operator(own)
+    less, fewer = _by_operator(bare)
+    spent.subtract(less)
+    calls.subtract(fewer)
+    return [
+        {"operator": name, "seconds": seconds, "calls": calls[name]}
+        for name, seconds in spent.most_common(MOST_OPERATORS)
+    ]
+
+
+def _by_operator(work: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
+    work()
+    with torch.profiler.profile() as profiled:
+        clocked(work)()
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        if DEVICE.type == "cuda":
+            spent[event.key] = event.self_device_time_total / 1e6
+        else:
+            spent[event.key] = event.self_cpu_time_total / 1e6
+        calls[event.key] = event.count
+    return spent, calls
+
+
+def _contenders(case: Case) -> dict[str, Callable[[], Any]]:
+    model, batch = case.model, case.batch()
+    sites = Sites(model, Graph.from_model(model))
+    work: dict[str, Callable[[], Any]] = {"bare": lambda: bare_pass(model, sites, batch, case.checkpoint)}
+    for level in LEVELS:
+        graph = Graph.from_model(model, level)
+        work[level] = lambda graph=graph: attribute(
+            model, batch, graph, checkpoint=case.checkpoint, on_device=True
+        )
+    return work
+
+
+def _contraction(case: Case, level: Granularity, seconds: float) -> dict[str, Any]:
+    with caught() as calls:
+        attribute(case.model, case.batch(), Graph.from_model(case.model, level), checkpoint=case.checkpoint)
+    if level == "block":
+        kind, amount = "copy", sum(call.moved for call in calls)
+        block = torch.ones(COPIED, device=DEVICE)
+        other, best = torch.empty_like(block), 2 * block.nbytes
+        yardstick: Callable[[], Any] = lambda: other.copy_(block)  # noqa: E731
+    else:
+        kind, amount = "product", sum(call.flops for call in calls)
+        # The reference multiplies in float32, whatever it is given.
+        dtype = calls[0].sources[0].value.dtype if DEVICE.type == "cuda" else torch.float32
+        square = torch.ones(SQUARE, SQUARE, dtype=dtype, device=DEVICE)
+        best = 2 * SQUARE**3
+        yardstick = lambda: square @ square  # noqa: E731
+    taken = in_turns(
+        {"contraction": clocked(lambda: [call.run() for call in calls]), "yardstick": clocked(yardstick)},
+        seconds,
+    )
+    rates = [
+        amount / own / (best / other)
+        for own, other in zip(taken["contraction"], taken["yardstick"], strict=True)
+    ]
+    return {
+        "seconds": summary(taken["contraction"]),
+        "of": kind,
+        "best": best / statistics.median(taken["yardstick"]),
+        "share": summary(rates),
+    }
+
+
+def _flop_ratio(case: Case, level: Granularity, layers: int | None = None) -> float:
+    """What attribution would take beside the bare passes if all FLOPs took the same time."""
+    config = SHAPES[case.shape].config(layers or case.layers, case.n_tokens)
+    model = without_weights(config, torch.float32)
+    sites = Sites(model, Graph.from_model(model, level))
+    n_loss = case.n_samples * (case.n_tokens - 1)
+    work = Work.of(model, sites, case.n_samples, case.n_tokens, n_loss=n_loss, on_gpu=DEVICE.type == "cuda")
+    own = work.contraction_flops(work.graph.n_layers) + work.expansion_flops(work.graph.n_layers)
+    bare = work.bare_flops + (work.recompute_flops if case.checkpoint else 0)
+    return 1 + own / bare
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
