@@ -3,18 +3,21 @@
 The samples: 2,000, of the lengths that questions with their solutions have (GSM8K, MATH-500 and College Math test
 sets together, tokenised with 12,000 byte pairs and one token a digit): 9 to 1,447 tokens, half of them below 82.
 
-Two figures of the same tokens, taken in turns in one process:
+Two figures of the same tokens, of programs that have the machine in turns of a second (`benchmarks.turns`):
 
 - *bare*: plain PyTorch on batches that are packed perfectly: each batch of eaptk's plan, its real tokens spread
   evenly over its rows, so that none is padding; forward pass, logits where there is loss, mean negative
   log-likelihood, gradient to the embeddings' output.
 - *score*: `eaptk.score` from the moment its first batch reaches the model until it returns. In: batches laid out,
-  padding, attribution, rows on their way to the disk and synced there, the run finished and opened again. Out, and
-  told apart as start: reading samples, knowing weights and dataset, planning, laying out files.
+  padding, attribution, rows on their way to the disk and synced there, the run finished and opened again. Out, as it
+  is some tenths of a second whatever the number of tokens: knowing weights and dataset, planning, laying out files.
 
-Tokens are real ones in both. Shares are of wall time; those of processor time are beside them, which other work on the
-machine and a slow disk leave alone: where the two differ, the machine was not quiet. Plans for other budgets and
-numbers of samples, and the time it takes to read a dataset, are recorded beside.
+The model is as wide as that of `benchmarks.cost`, and half as deep. Of a model half as wide the share at block level
+is .84 to .87, as what passes take falls with the square of the width, and what reading sources and gradients takes
+with the width.
+
+Tokens are real ones in both. Shares are of wall time; those of processor time are beside them, which a slow disk leaves
+alone. Plans for other budgets and numbers of samples, and the time it takes to read a dataset, are recorded beside.
 
     python -m benchmarks.throughput
 """
@@ -26,13 +29,11 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +42,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import eaptk
 from benchmarks import record
+from benchmarks.turns import Pace, Program, Times, in_turns
 from eaptk.batch import NO_TARGET, Batch, Sample, collate
 from eaptk.dataset import plan_batches, read_samples, samples_table
 from eaptk.manifest import dataset_fingerprint
@@ -54,19 +56,17 @@ QUANTILES = [
     (100, 325, 1122),
 ]  # fmt: skip
 SHAPE = {
-    "hidden_size": 256,
+    "hidden_size": 512,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
+    "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "intermediate_size": 768,
+    "intermediate_size": 1536,
     "vocab_size": 4096,
 }
 TARGETS = {"block": 0.90, "head": None}
-BUDGETS = (2048, 8192, 65536)
+#: Tokens a batch: what is measured, and what plans are made for beside it.
+BUDGET, OTHER_BUDGETS = 2048, (8192, 65536)
 N_READ = 100_000
-
-#: [2] seconds: on the wall, and of processor time.
-Times = npt.NDArray[np.float64]
 
 
 def lengths(n: int) -> tuple[list[int], list[int]]:
@@ -108,43 +108,67 @@ def bare_pass(model: Any, batch: Batch) -> None:
     torch.autograd.grad((negative * weights).sum(), embedded)
 
 
-def now() -> Times:
-    """Seconds on the wall, and of processor time of all threads."""
-    return np.array([time.perf_counter(), time.process_time()])
+def the_model() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval().requires_grad_(False)
 
 
-@contextmanager
-def first_call(model: torch.nn.Module) -> Iterator[list[Times]]:
-    """When the model was called, of which the first time counts."""
-    calls: list[Times] = []
-    handle = model.register_forward_pre_hook(lambda module, args: calls.append(now()))
-    try:
-        yield calls
-    finally:
+def score_all(
+    pace: Pace, n: int, level: str, n_threads: int, new_model: Callable[[], Any] = the_model
+) -> None:
+    """Program: one mark at the first batch, and one at the end."""
+    torch.set_num_threads(n_threads)
+    model = new_model()
+    samples = make_samples(n, model.config.vocab_size)
+
+    def score(samples: Sequence[Sample]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            eaptk.score(
+                model,
+                samples,
+                Path(folder) / "run",
+                granularity=level,  # type: ignore[arg-type]
+                tokens_per_batch=BUDGET,
+                progress=False,
+            )
+
+    def first_call(*_: Any) -> None:
+        pace.mark()
         handle.remove()
 
-
-def seconds_of_score(model: Any, samples: Sequence[Sample], level: str, budget: int) -> tuple[Times, Times]:
-    """Of the start, and from the first batch to the end."""
-    with tempfile.TemporaryDirectory() as folder, first_call(model) as calls:
-        started = now()
-        eaptk.score(
-            model,
-            samples,
-            Path(folder) / "run",
-            granularity=level,  # type: ignore[arg-type]
-            tokens_per_batch=budget,
-            progress=False,
-        )
-        ended = now()
-    return calls[0] - started, ended - calls[0]
+    score(samples[:50])  # the first call of anything pays for more than itself
+    pace.ready()
+    handle = model.register_forward_pre_hook(first_call)
+    score(samples)
+    pace.mark()
 
 
-def seconds_of_bare(model: Any, batches: Sequence[Batch]) -> Times:
-    started = now()
-    for batch in batches:
+def pass_bare(pace: Pace, n: int, n_threads: int, new_model: Callable[[], Any] = the_model) -> None:
+    """Program: a mark at the start, and one a batch, over and over again."""
+    torch.set_num_threads(n_threads)
+    model = new_model()
+    samples = make_samples(n, model.config.vocab_size)
+    batches = [
+        without_padding([samples[row] for row in rows], model.config.vocab_size)
+        for rows in plan_batches([sample.n_tokens for sample in samples], BUDGET)
+    ]
+    for batch in batches[::10]:
         bare_pass(model, batch)
-    return now() - started
+    pace.ready()
+    pace.mark()
+    while not pace.is_over:
+        for batch in batches:
+            bare_pass(model, batch)
+            pace.mark()
+
+
+def shares(n: int, n_threads: int, new_model: Callable[[], Any] = the_model) -> dict[str, Times]:
+    """[2] seconds of all samples: ``bare``, and by level."""
+    programs = {level: Program(score_all, (n, level, n_threads, new_model)) for level in TARGETS}
+    found = in_turns({"bare": Program(pass_bare, (n, n_threads, new_model), ends=False), **programs})
+    n_batches = len(plan_batches([sum(each) - 1 for each in zip(*lengths(n), strict=True)], BUDGET))
+    bare = found["bare"].reshape(-1, n_batches, 2).mean(0).sum(0)
+    return {"bare": bare, **{level: found[level][0] for level in TARGETS}}
 
 
 def plan_facts(n: int, budget: int) -> dict[str, Any]:
@@ -197,45 +221,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of all figures in turn (medians are reported)")
+    parser.add_argument("--rounds", type=int, default=2, help="of all samples (medians are reported)")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    vocabulary, budget = SHAPE["vocab_size"], BUDGETS[0]
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval().requires_grad_(False)
-    samples = make_samples(options.samples, vocabulary)
-    plan = plan_batches([sample.n_tokens for sample in samples], budget)
-    batches = [without_padding([samples[row] for row in rows], vocabulary) for rows in plan]
-    tokens = sum(sample.n_tokens for sample in samples)
-    bare_tokens = sum(batch.ids.numel() for batch in batches)
+    rounds = [shares(options.samples, options.threads) for _ in range(options.rounds)]
+    tokens = sum(map(sum, lengths(options.samples))) - options.samples
 
-    for batch in batches[::10]:
-        bare_pass(model, batch)
-    for level in TARGETS:  # the first call of anything pays for more than itself
-        seconds_of_score(model, samples[:50], level, budget)
-    speeds: dict[str, list[Times]] = {name: [] for name in ("bare", *TARGETS)}
-    ratios: dict[str, list[Times]] = {level: [] for level in TARGETS}
-    starts = []
-    for _ in range(options.rounds):
-        for level in TARGETS:
-            speeds["bare"].append(bare_tokens / seconds_of_bare(model, batches))
-            start, seconds = seconds_of_score(model, samples, level, budget)
-            starts.append(start[0])
-            speeds[level].append(tokens / seconds)
-            ratios[level].append(speeds[level][-1] / speeds["bare"][-1])
-
-    table = Table(title=f"{len(samples):,} samples, {tokens:,} tokens, {options.threads} threads")
+    table = Table(title=f"{options.samples:,} samples, {tokens:,} tokens, {options.threads} threads")
     for heading in ("level", "bare tokens/s", "score tokens/s", "share", "rounds", "of processor", "target"):
         table.add_column(heading, justify="right")
     rows = {}
     for level, target in TARGETS.items():
-        wall, processor = np.array(ratios[level]).T.round(4).tolist()
+        wall, processor = np.array([found["bare"] / found[level] for found in rounds]).T.round(4).tolist()
         rows[level] = {
-            "tokens_per_second": statistics.median(speed[0] for speed in speeds[level]),
-            "bare_tokens_per_second": statistics.median(speed[0] for speed in speeds["bare"]),
+            "tokens_per_second": tokens / statistics.mean(found[level][0] for found in rounds),
+            "bare_tokens_per_second": tokens / statistics.mean(found["bare"][0] for found in rounds),
             "share": statistics.median(wall),
             "shares": wall,
             "processor_share": statistics.median(processor),
@@ -251,7 +253,7 @@ def main() -> None:
             f"{rows[level]['processor_share']:.3f}",
             "" if target is None else f"≥ {target:.2f}",
         )
-    plans = [plan_facts(n, each) for n in (options.samples, 1_000_000) for each in BUDGETS]
+    plans = [plan_facts(n, each) for n in (options.samples, 1_000_000) for each in (BUDGET, *OTHER_BUDGETS)]
     with tempfile.TemporaryDirectory() as folder:
         reading = reading_facts(Path(folder))
     Console().print(table)
@@ -260,10 +262,16 @@ def main() -> None:
             f"{facts['samples']:,} samples in batches of {facts['budget']:,}: {facts['batches']:,} of them, "
             f"{facts['padding']:.2%} padding, {facts['fill']:.1%} full, planned in {facts['seconds']:.2f} s"
         )
-    print(f"start of a run: {statistics.median(starts):.2f} s; reading: {reading}")
+    print(f"reading: {reading}")
     if not options.no_record:
-        result = {"shape": SHAPE, "samples": len(samples), "tokens": tokens, "budget": budget, "rows": rows}
-        result |= {"start_seconds": statistics.median(starts), "plans": plans, "reading": reading}
+        result = {
+            "shape": SHAPE,
+            "samples": options.samples,
+            "tokens": tokens,
+            "budget": BUDGET,
+            "rows": rows,
+        }
+        result |= {"plans": plans, "reading": reading}
         path = record.write("throughput", result)
         print(f"written to {path.relative_to(path.parents[2])}")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_model
+from transformers import Qwen2ForCausalLM
 
 from benchmarks.throughput import (
     TARGETS,
@@ -13,8 +13,7 @@ from benchmarks.throughput import (
     lengths,
     make_samples,
     plan_facts,
-    seconds_of_bare,
-    seconds_of_score,
+    shares,
     without_padding,
 )
 from eaptk import Graph, attribute
@@ -39,13 +38,15 @@ def test_packed_batches_hold_the_tokens_of_the_plan_without_padding() -> None:
         assert abs(batch.ids.numel() - sum(sample.n_tokens for sample in own)) <= len(own) / 2
 
 
-def test_both_loops_run_and_leave_the_model_as_it_was() -> None:
-    model, samples = tiny_model("qwen2", max_position_embeddings=2048), make_samples(4, VOCABULARY)[:2]
-    hooks = len(model._forward_pre_hooks)
-    for level in TARGETS:
-        assert np.min(seconds_of_score(model, samples, level, 2048)) > 0
-    assert np.min(seconds_of_bare(model, [without_padding(samples, VOCABULARY)])) > 0
-    assert len(model._forward_pre_hooks) == hooks
+def new_model() -> Qwen2ForCausalLM:
+    model: Qwen2ForCausalLM = tiny_model("qwen2", max_position_embeddings=2048)
+    return model
+
+
+def test_both_loops_run_in_turns_and_are_timed() -> None:
+    seconds = shares(2, 1, new_model)
+    assert seconds.keys() == {"bare", *TARGETS}
+    assert all((each > 0).all() for each in seconds.values())
 
 
 def test_the_bare_pass_takes_the_gradient_that_attribution_takes(monkeypatch: pytest.MonkeyPatch) -> None:
