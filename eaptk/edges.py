@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eaptk.errors import EaptkError
-from eaptk.files import differences_between, read_table
+from eaptk.files import differences_between
 from eaptk.graph import Graph, Node
 from eaptk.store import Run
 from eaptk.sweep import Integers, indices
@@ -44,13 +44,16 @@ def choose_edges(graph: Graph, given: Any) -> Integers:
     if isinstance(given, (str, os.PathLike)):
         return _named(graph, os.fspath(given))
     if hasattr(given, "columns") and hasattr(given, "iloc"):
-        return _of_table(graph, given, "the table")
+        return _of_table(graph, given)
     given = list(given) if isinstance(given, Iterable) and not hasattr(given, "dtype") else given
     if isinstance(given, list) and given and all(isinstance(name, str) for name in given):
         return _matching(graph, given)
-    chosen = np.unique(indices(given, graph.n_edges, "edge"))
+    columns = indices(given, graph.n_edges, "edge")
+    chosen = np.unique(columns)
     if not len(chosen):
         raise EaptkError("no edge is selected; leave the selection out to keep all")
+    if len(columns) == graph.n_edges > 2 and chosen[-1] <= 1 and np.asarray(given).dtype != bool:
+        raise EaptkError(f"{graph.n_edges:,} numbers, all 0 or 1, are a mask; make them booleans")
     return chosen
 
 
@@ -117,44 +120,46 @@ def _of_file(graph: Graph, path: Path) -> Integers:
             return choose_edges(graph, np.load(path))
         if path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8").splitlines()
-            return _matching(graph, [line for line in lines if line.strip()])
+            return choose_edges(graph, [line for line in lines if line.strip()])
         if path.suffix == ".csv":
-            return _of_table(graph, pandas.read_csv(path), str(path))
+            return _of_table(graph, pandas.read_csv(path))
+        if path.suffix == ".parquet":
+            return _of_table(graph, pandas.read_parquet(path))
     except (OSError, ValueError) as error:
         raise EaptkError(f"{path} cannot be read as edges: {error}") from error
-    if path.suffix == ".parquet":
-        return _of_table(graph, read_table(path).to_pandas(), str(path))
+    except EaptkError as error:
+        raise EaptkError(f"{path}: {error}") from error
     raise EaptkError(f"{path} is no file of edges; give .npy, .parquet, .csv or .txt")
 
 
-def _of_table(graph: Graph, table: pandas.DataFrame, where: str) -> Integers:
+def _of_table(graph: Graph, table: pandas.DataFrame) -> Integers:
     named = {"source", "destination"} <= set(table.columns)
     if not named and "column" not in table.columns:
-        raise EaptkError(f"{where} has neither 'source' and 'destination' nor 'column', so no edges")
+        raise EaptkError("the table has neither 'source' and 'destination' nor 'column', so no edges")
     if not len(table):
-        raise EaptkError(f"{where} has no edge")
+        raise EaptkError("the table has no edge")
     if not named:
         return choose_edges(graph, table["column"].to_numpy())
     places = [
-        _places(table[role].to_numpy(), nodes, role, where)
+        _places(table[role].to_numpy(), nodes, role)
         for role, nodes in (("source", graph.sources), ("destination", graph.destinations))
     ]
     missing = np.flatnonzero(places[0] >= graph.reach[places[1]])
     if len(missing):
         edge = table.iloc[missing[0]]
         raise EaptkError(
-            f"{where} has {edge['source']}→{edge['destination']}, which is no edge of this graph"
+            f"the table has {edge['source']}→{edge['destination']}, which is no edge of this graph"
         )
     return np.unique(graph.offset[places[1]] + places[0])
 
 
-def _places(names: npt.NDArray[Any], nodes: Sequence[Node], role: str, where: str) -> Integers:
+def _places(names: npt.NDArray[Any], nodes: Sequence[Node], role: str) -> Integers:
     """The number of each named node among `nodes`."""
     import pandas
 
     found = pandas.Index([node.name for node in nodes]).get_indexer(names)
     if (found < 0).any():
-        raise EaptkError(f"{where} has the {role} {names[found < 0][0]!r}, which this graph lacks")
+        raise EaptkError(f"the table has the {role} {names[found < 0][0]!r}, which this graph lacks")
     return np.asarray(found, dtype=np.int64)
 
 

@@ -133,8 +133,12 @@ def test_what_names_no_edge_is_refused_in_one_line(given: Any, message: str) -> 
     [
         ("e.json", b"[]", "give .npy, .parquet, .csv or .txt"),
         ("e.npy", b"no array", "cannot be read as edges"),
-        ("e.parquet", b"no table", "cannot be read as Parquet"),
+        ("e.parquet", b"no table", "cannot be read as edges"),
         ("e.csv", b"", "cannot be read as edges"),
+        ("e.csv", b"column\n3\n\nmany\n", "edge indices must be a list of integers"),
+        ("e.csv", b"source,destination\nm1,m0\n", "m1→m0, which is no edge of this graph"),
+        ("e.txt", b"input->b*\n", "no destination is 'b\\*'"),
+        ("e.txt", b"\n", "no edge is selected"),
     ],
 )
 def test_a_file_of_no_edges_is_refused_by_name(
@@ -143,6 +147,23 @@ def test_a_file_of_no_edges_is_refused_by_name(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EaptkError, match=f"{name}.*{message}"):
         choose_edges(GRAPH, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones(GRAPH.n_edges - 1, dtype=bool), f"the edge mask has shape .{GRAPH.n_edges - 1},."),
+        # Taken for columns it would keep two edges.
+        (np.arange(GRAPH.n_edges) % 2, "numbers, all 0 or 1, are a mask; make them booleans"),
+        (np.zeros((2, 3), dtype=int), "must be a list of integers"),
+        (np.array([-1]), "there is no edge -1"),
+    ],
+    ids=["too short", "of integers", "two dimensions", "negative"],
+)
+def test_a_mask_with_a_mistake_is_refused_by_name(tmp_path: Path, mask: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "mask.npy", mask)
+    with pytest.raises(EaptkError, match=f"mask.npy: .*{message}"):
+        choose_edges(GRAPH, tmp_path / "mask.npy")
 
 
 def test_edges_of_a_run_of_another_graph_are_refused(pilot: Run) -> None:
