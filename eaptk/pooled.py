@@ -163,8 +163,10 @@ class Pooled:
     def _records(self) -> list[Record]:
         """What counts: ``pooled.npy`` once it holds a sample, until then the parts and no sum of them twice."""
         while True:
-            whole = self._map(self.path)
-            parts = [] if whole["done"][0].any() else self._parts()
+            parts = self._parts()
+            whole = self._map(self.path)  # after the parts, which go when it holds what they did
+            if whole["done"][0].any():
+                return [whole]
             try:
                 return [self._map(self._file(part)) for part in parts] or [whole]
             except EaptkError:

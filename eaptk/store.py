@@ -234,11 +234,12 @@ class Run:
         """[n_samples]: the loss whose edges were scored; NaN where the row is not done."""
         done = self.done
         growing = losses(self.path, self.n_samples)
-        if growing.path.exists():
+        try:
             loss = np.array(growing.map())
-        else:
+        except EaptkError:
+            # It goes when samples.parquet has the losses, maybe just now.
             samples = self.samples
-            if "loss" not in samples.column_names:
-                raise EaptkError(f"{growing.path} is missing; {DAMAGED}")
+            if growing.path.exists() or "loss" not in samples.column_names:
+                raise
             loss = samples["loss"].to_numpy()
         return np.where(done == 1, loss, np.nan)

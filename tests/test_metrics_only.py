@@ -41,6 +41,7 @@ from eaptk.content import Summaries
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.metrics import Metrics, measure
+from eaptk.pooled import Pooled
 from eaptk.resampling import Resampling
 from eaptk.statistics import Histogram, summarise, summarise_in_torch
 from eaptk.store import Run, RunWriter
@@ -161,6 +162,27 @@ def test_a_growing_run_is_measured_by_its_finished_samples(tmp_path: Path) -> No
     np.testing.assert_allclose(found.strength, expected.strength, rtol=1e-9)
     assert found.diversity == pytest.approx(expected.diversity, rel=1e-9)
     assert np.array_equal(found.sample_histogram, expected.sample_histogram)
+
+
+def test_sums_may_become_one_file_while_they_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunWriter(tmp_path / "run", manifest()) as writer:
+        writer.begin(samples())
+        for number, rows in enumerate(BATCHES):
+            writer.write(rows, summary(SCORES[rows]), LOSS[rows])
+            writer.close_stretch(number)
+        run = Run.open(tmp_path / "run")
+        look = Pooled._map
+
+        def ended_after(pooled: Pooled, path: Path) -> Any:
+            found = look(pooled, path)
+            monkeypatch.undo()
+            writer.finish()
+            return found
+
+        monkeypatch.setattr(Pooled, "_map", ended_after)
+        assert run.done.all()
 
 
 def assert_sums_are_those_of_finished_samples(path: Path) -> int:
