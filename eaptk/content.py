@@ -12,6 +12,7 @@ holds both, see `eaptk.pooled`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -60,6 +61,10 @@ class SampleArray:
         self._offset = check_array(self.path, self.shape, self.dtype)
         self._descriptor = os.open(self.path, os.O_RDWR if writable else os.O_RDONLY)
         files.callback(os.close, self._descriptor)
+        if writable:
+            # Of a file that nobody has locked NFS writes whole pages, and with a row what it knows of its neighbours:
+            # nothing, if another machine has written them since.
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def expect(self, rows: Sequence[int], entries: npt.NDArray[Any]) -> None:
         """Raises ValueError if there is not one entry of the array's shape and dtype for each row."""

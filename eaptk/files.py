@@ -50,6 +50,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
+def see_afresh(folder: Path) -> None:
+    """Have files in a folder appear that other machines have made: NFS, which looks for them twice a minute, looks at
+    once when this machine changes the folder itself.
+    """
+    change = folder / ".afresh.tmp"
+    change.touch()
+    change.unlink(missing_ok=True)  # another process may have done so
+
+
 def reserve_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """An .npy file of zeros whose bytes are already allocated on the disk."""
     with open(path, "wb") as file:

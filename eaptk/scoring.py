@@ -23,7 +23,7 @@ from torch import Tensor
 from eaptk.attribution import Ablation, EdgeScores, attribute, attribute_cuts, means_of, source_sums
 from eaptk.batch import Batch, Sample, collate
 from eaptk.errors import EaptkError
-from eaptk.files import explained, whole_file
+from eaptk.files import explained, see_afresh, whole_file
 from eaptk.graph import Graph
 from eaptk.halving import in_halves
 from eaptk.keep import Entries, Keep
@@ -254,6 +254,8 @@ def take_means(
 
     def fold() -> None:
         if not file.exists():
+            with explained(path):
+                see_afresh(folder)
             means = means_of(map(_read_sums, files), scoring.model)
             with explained(path), whole_file(file) as temporary:
                 save_file({name: mean.contiguous() for name, mean in means.items()}, temporary)

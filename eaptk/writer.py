@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from eaptk.content import Summaries, clear
 from eaptk.errors import EaptkError
-from eaptk.files import differences_between, explained, read_table, whole_file, write_table
+from eaptk.files import differences_between, explained, read_table, see_afresh, whole_file, write_table
 from eaptk.journal import append_journal, read_journal
 from eaptk.keep import Entries, Keep
 from eaptk.layout import SCHEMA, layout, losses, read_manifest
@@ -136,6 +136,8 @@ class RunWriter:
 
     def answers(self) -> dict[int, list[int]]:
         """Answers kept so far by `keep_answers`, of any process: row to token ids."""
+        with explained(self.path):
+            see_afresh(self.path)
         return {
             row: tokens
             for path in sorted(self.path.glob(_ANSWERS.format("*")))
@@ -214,6 +216,8 @@ class RunWriter:
         writes any more.
         """
         self.commit()
+        with explained(self.path):
+            see_afresh(self.path)
         if not self.done.all():
             raise ValueError(f"{(~self.done).sum()} rows of {self.path} were never written")
         with explained(self.path):
@@ -238,6 +242,7 @@ class RunWriter:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._open_files.enter_context(self._lock)
             lock.hold(alone=True)
+            see_afresh(self.path)
         stored = read_manifest(self.path)
         differences = {} if stored is None else differences_between(stored, self.manifest, _UNMATCHED)
         if stored is not None and differences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eaptk.content import SampleArray
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.store import SCHEMA, Run, RunWriter
@@ -97,6 +99,27 @@ def test_a_run_reads_back_what_was_written(tmp_path: Path) -> None:
     assert np.array_equal(run.loss, LOSS)
 
 
+def test_a_run_may_end_while_its_losses_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunWriter(tmp_path / "run", manifest()) as writer:
+        writer.begin(SAMPLES)
+        writer.write(range(N), SCORES, LOSS)
+        writer.commit()
+        run = Run.open(tmp_path / "run")
+        look = SampleArray.map
+
+        def ended_before(array: SampleArray) -> Any:
+            if array.path.name == "loss.npy":
+                monkeypatch.undo()
+                writer.finish()
+            return look(array)
+
+        monkeypatch.setattr(SampleArray, "map", ended_before)
+        assert np.array_equal(run.loss, LOSS)
+    assert not (tmp_path / "run/loss.npy").exists()
+
+
 def test_rows_cannot_be_changed_through_an_opened_run(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     with pytest.raises(ValueError, match="read-only"):
@@ -153,6 +176,15 @@ def test_a_row_is_on_disk_before_it_is_marked_done(tmp_path: Path, monkeypatch: 
         *["pwrite done.npy"] * 2,
         "fdatasync done.npy",
     ]
+
+
+def test_files_are_locked_while_rows_are_written_into_them(tmp_path: Path) -> None:
+    """NFS would write whole pages otherwise, and take back what other machines wrote into them."""
+    with RunWriter(tmp_path / "run", manifest()) as writer:
+        writer.begin(SAMPLES)
+        for name in ("scores", "checksums", "loss", "done"):
+            with open(tmp_path / f"run/{name}.npy", "rb") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_killed_at_any_system_call_a_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
