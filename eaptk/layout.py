@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,3 +62,11 @@ def layout(path: Path, manifest: Mapping[str, Any]) -> tuple[Keep, int, Rows | S
 def losses(path: Path, n_samples: int) -> SampleArray:
     """The losses of a run that is not finished."""
     return SampleArray(path / "loss.npy", (n_samples,), np.float64)
+
+
+def command_line() -> str:
+    """The command that runs, as a manifest records it, to be repeated."""
+    program = Path(sys.argv[0])
+    # Of `python -m eaptk`, which is what torchrun starts, Python has the file.
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])

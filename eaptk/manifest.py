@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import eaptk
 from eaptk.batch import Sample
 from eaptk.errors import EaptkError
+from eaptk.layout import command_line
 from eaptk.loading import config_fingerprint, weights_fingerprint
 from eaptk.losses import LossFunction
 from eaptk.weights import device_of
@@ -84,7 +83,7 @@ def versions() -> dict[str, str]:
 def provenance(dataset: Any) -> dict[str, str]:
     """Who, when and where: recorded, but no matter to a resume."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "data": str(dataset) if isinstance(dataset, (str, Path)) else type(dataset).__name__,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -12,13 +12,11 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import os
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,7 +30,7 @@ import pyarrow.parquet as pq
 from eaptk.content import Content, Rows, Summaries, checksums
 from eaptk.errors import EaptkError
 from eaptk.files import DAMAGED, differences_between, explained, whole_file, write_array, write_json
-from eaptk.layout import layout, losses, read_manifest
+from eaptk.layout import command_line, layout, losses, read_manifest
 from eaptk.locks import Lock
 from eaptk.progress import progress_bar
 from eaptk.store import Run
@@ -216,7 +214,10 @@ def _directories(folder: Path) -> Iterator[Path]:
 
 
 def _found(path: Path) -> Found:
-    n_bytes = sum(entry.stat().st_blocks * 512 for entry in os.scandir(path) if entry.is_file())
+    n_bytes = 0
+    for entry in os.scandir(path):
+        with suppress(FileNotFoundError):  # of a run that is going on
+            n_bytes += entry.stat().st_blocks * 512 if entry.is_file() else 0
     try:
         manifest = read_manifest(path)
         assert manifest is not None
@@ -297,8 +298,11 @@ def _refuse_unlike(runs: Sequence[Run]) -> None:
             ours = [text.replace(" there, ", f" in {first.path}, ") for text in differences.values()]
             shown = "; ".join(text.removesuffix(" here") + f" in {run.path}" for text in ours)
             raise EaptkError(f"these runs cannot be merged: {shown}")
-        means, others = (each.path / "means.safetensors" for each in (first, run))
-        if means.exists() and not filecmp.cmp(means, others, shallow=False):
+        means = [each.path / "means.safetensors" for each in (first, run)]
+        missing = [file for file in means if not file.exists()]
+        if len(missing) == 1:
+            raise EaptkError(f"{missing[0]} is missing; {DAMAGED}")
+        if not missing and not filecmp.cmp(means[0], means[1], shallow=False):
             raise EaptkError(
                 f"these runs cannot be merged: {first.path} and {run.path} ablate to means of different samples"
             )
@@ -384,7 +388,7 @@ def _merged_manifest(runs: Sequence[Run]) -> dict[str, Any]:
         "tokens_per_batch": tokens.pop() if len(tokens) == 1 else None,
         "merged": sources,
         "provenance": {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(),
             "data": ", ".join(str(run.path) for run in runs),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },

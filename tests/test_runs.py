@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -282,6 +283,10 @@ def test_rows_of_different_means_are_not_merged(tmp_path: Path) -> None:
         (path / "means.safetensors").write_bytes(bytes([i]))
     with pytest.raises(EaptkError, match="ablate to means of different samples"):
         runs.merge(paths, tmp_path / "merged", progress=False)
+    for pair in (paths, paths[::-1]):
+        (paths[0] / "means.safetensors").unlink(missing_ok=True)
+        with pytest.raises(EaptkError, match=r"0/means\.safetensors is missing"):
+            runs.merge(pair, tmp_path / "merged", progress=False)
 
 
 def test_damage_is_not_merged(tmp_path: Path) -> None:
@@ -372,6 +377,27 @@ def test_runs_are_found_at_any_depth_and_those_that_cannot_be_opened_say_why(tmp
     assert found["a/run"].n_bytes >= SCORES.nbytes
     with pytest.raises(EaptkError, match="there is no folder"):
         runs.find([tmp_path / "none"])
+
+
+def test_runs_that_are_going_on_are_listed_whatever_files_come_and_go(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / f"run/.{number}.tmp").touch()
+            for number in range(20):
+                (tmp_path / f"run/.{number}.tmp").unlink()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(50):
+            assert [each.n_done for each in runs.find([tmp_path])] == [N]
+    finally:
+        ended.set()
+        thread.join()
 
 
 def command(*arguments: Any) -> int:
