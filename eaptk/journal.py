@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from eaptk.errors import EaptkError
 
@@ -32,10 +33,19 @@ def read_journal(path: Path) -> dict[int, list[int]]:
 def append_journal(path: Path, answers: Mapping[int, Sequence[int]]) -> None:
     """Make more answers durable, a line each."""
     with open(path, "ab") as file:
-        # What a kill tore off must not run into the next line.
-        kept = path.read_bytes().rpartition(b"\n")
-        file.truncate(len(kept[0]) + len(kept[1]))
+        _cut_torn_line(path, file)
         for row, tokens in answers.items():
             file.write(json.dumps([row, list(tokens)]).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut_torn_line(path: Path, file: BinaryIO) -> None:
+    """What a kill tore off must not run into the next line. Where nothing was, the file, maybe long, is not read."""
+    with open(path, "rb") as kept:
+        size = kept.seek(0, os.SEEK_END)
+        kept.seek(max(0, size - 1))
+        if kept.read() in (b"", b"\n"):
+            return
+        kept.seek(0)
+        file.truncate(kept.read().rfind(b"\n") + 1)
