@@ -276,12 +276,12 @@ def _amd(code: str) -> tuple[str, int]:
     return code, int(re.findall(r"\.vgpr_count:\s*(\d+)", code)[0])
 
 
-def run(dtypes: list[str]) -> list[dict[str, Any]]:
-    """Every configuration of `dtypes` on every target."""
+def run(targets: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
+    """Every configuration of `dtypes` on `targets`."""
     jobs = [
         (name, i)
-        for name, target in TARGETS.items()
-        for i, found in enumerate(configurations(target))
+        for name in targets
+        for i, found in enumerate(configurations(TARGETS[name]))
         if found.name.split()[-1] in dtypes or not found.wide
     ]
     with ProcessPoolExecutor(2) as pool:
@@ -291,11 +291,12 @@ def run(dtypes: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES]
     parser = argparse.ArgumentParser(description="Compile every kernel for every target and read its code.")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--out", type=Path, help="where to write the rows, instead of benchmarks/results")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = run(arguments.dtypes)
+    rows = run(arguments.targets, arguments.dtypes)
     columns = [name for name in rows[0] if name != "faults"]
     table = Table(*columns, "faults")
     for row in rows:
