@@ -20,6 +20,7 @@ from datetime import timedelta
 from functools import cache
 from types import TracebackType
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from eaptk.errors import EaptkError
 
@@ -31,6 +32,8 @@ _LOOK, _LOOK_MOST = 0.002, 0.1
 _PARTING = 30.0
 #: Seconds until all processes must have been started.
 _MEETING = 600.0
+
+_GONE = "the other processes have gone; finished rows are kept, the same command goes on from there"
 
 
 class Team:
@@ -82,7 +85,12 @@ class Team:
         if kind is None:
             self._part()
             return
-        said = str(error) if isinstance(error, EaptkError) else f"{kind.__name__} {error}".strip()
+        if kind is KeyboardInterrupt:
+            said = "was stopped"
+        elif isinstance(error, EaptkError):
+            said = f"failed: {error}"
+        else:
+            said = f"failed: {kind.__name__} {error}".strip()
         # The first to fail is the one whose error matters: those of others follow from it.
         with contextlib.suppress(RuntimeError):  # the store has ended, and with it the others
             self._store.compare_set("failed", "", json.dumps([self.rank, said]))
@@ -160,15 +168,13 @@ class Team:
     def _raise_failure(self) -> None:
         if self._said(self._store.check, ["failed"]):
             rank, said = json.loads(self._said(self._store.get, "failed"))
-            raise EaptkError(f"process {rank} of {self.size} failed: {said}")
+            raise EaptkError(f"process {rank} of {self.size} {said}")
 
     def _said(self, call: Callable[..., T], *args: Any) -> T:
         try:
             return call(*args)
         except RuntimeError as error:  # DistError, or the kind that older versions raise
-            raise EaptkError(
-                "the other processes have gone; finished rows are kept, the same command goes on from there"
-            ) from error
+            raise EaptkError(_GONE) from error
 
 
 def launched_processes() -> int:
@@ -200,20 +206,61 @@ def _meet() -> tuple[Any, int, int]:
 
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     address = os.environ.get("MASTER_ADDR", "localhost"), _number("MASTER_PORT")
+    if rank >= size or address[1] >= 2**16:
+        raise EaptkError(
+            f"RANK is {rank}, WORLD_SIZE {size} and MASTER_PORT {address[1]}, which cannot be; start the processes "
+            f"with torchrun"
+        )
     # torchrun's agent has the store; without one the first process has.
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + _MEETING
     try:
         while not hosts and not _answers(address) and time.monotonic() < deadline:
             time.sleep(_LOOK_MOST)
-        # Nobody waits here for all others, deaf to signals: `Team` does where it must.
-        store = TCPStore(*address, size, is_master=hosts, wait_for_workers=False, multi_tenant=True)
+        # Not with the store's own wait for all others, which is deaf to signals.
+        tcp = TCPStore(*address, size, is_master=hosts, wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EaptkError(f"cannot meet the other processes: {reason}; start them with torchrun") from error
-    store.set_timeout(timedelta(seconds=_MEETING))
-    # A store may outlive the processes that torchrun starts anew.
-    return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, size
+    tcp.set_timeout(timedelta(seconds=_MEETING))
+    store = PrefixStore("eaptk", tcp)
+    try:
+        start = _greet(store, rank, size, deadline)
+    except RuntimeError as error:
+        raise EaptkError(_GONE) from error
+    return PrefixStore(start, store), rank, size
+
+
+def _greet(store: Any, rank: int, size: int, deadline: float) -> str:
+    """A name for this start of the processes, once all are there.
+
+    A store outlives the processes that torchrun starts anew, with all that earlier ones said; and there is no number
+    to tell starts apart by, as the agent of each node counts its own restarts alone. So each process greets with a
+    name that nobody had before, and the lead answers all greetings, of the dead too, until each rank has taken it up.
+    """
+    own = uuid4().hex
+    if rank:
+        store.set(f"greeting/{rank}", own)
+        while not store.check([f"answer/{own}"]):
+            _pause(deadline, 0, size)
+        start = str(store.get(f"answer/{own}").decode())
+        store.set(f"{start}/there/{rank}", "")
+        return start
+    absent = list(range(1, size))
+    while absent := [other for other in absent if not store.check([f"{own}/there/{other}"])]:
+        for other in absent:
+            if store.check([f"greeting/{other}"]):
+                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", own)
+        _pause(deadline, absent[0], size)
+    return own
+
+
+def _pause(deadline: float, awaited: int, size: int) -> None:
+    if time.monotonic() > deadline:
+        raise EaptkError(
+            f"process {awaited} of {size} has not come within {_MEETING / 60:.0f} minutes; start them with torchrun"
+        )
+    time.sleep(_LOOK_MOST)
 
 
 def _answers(address: tuple[str, int]) -> bool:

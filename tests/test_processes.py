@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
 import re
 import shutil
@@ -19,6 +21,7 @@ import processes
 import pytest
 from checkpoints import make_records, save_checkpoint, write_jsonl
 
+import eaptk.team
 from eaptk.errors import EaptkError
 from eaptk.store import Run
 
@@ -120,6 +123,74 @@ def test_killed_at_random_and_gone_on_with_by_other_numbers_of_processes(
     assert_same(out, alone(way))
 
 
+def test_started_anew_on_one_store_nothing_is_taken_for_what_the_first_ones_said(
+    command: Command, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As by `torchrun --max-restarts`: its store stays, and each node counts its own failures alone."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    out = tmp_path / "run"
+
+    def start(counts: list[int]) -> processes.Team:
+        words = [str(store.port), json.dumps(counts), *command("own answers", out)]
+        return processes.start_team(2, "test_processes:under_an_agent", *words, log=tmp_path / "log")
+
+    team = start([0, 0])
+    while progress(out) < 1 and not any(member.has_ended() for member in team.members):
+        time.sleep(0.002)
+    team.members[1].kill()
+    assert any(team.wait()), team.logs
+    team = start([0, 1])
+    assert team.wait() == [0, 0], team.logs
+    assert_same(out, alone("own answers"))
+
+
+def under_an_agent(port: str, counts: str, *arguments: str) -> None:
+    """Target: the command line, with the store of an agent and what that of its node counts as restarts."""
+    os.environ |= {
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(json.loads(counts)[int(os.environ["RANK"])]),
+    }
+    processes.eaptk(*arguments)
+
+
+def test_a_process_that_never_comes_is_named(command: Command, tmp_path: Path) -> None:
+    """And not waited for once all rows are there."""
+    team = processes.start_team(
+        1, "test_processes:of_two", *command("rows", tmp_path / "run"), log=tmp_path / "log"
+    )
+    assert team.wait() == [1]
+    assert one_line(team.logs[0])
+    assert "process 1 of 2 has not come within" in team.logs[0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK is '', no number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_PORT": "29500"}, "RANK is 2, WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "99999"}, "MASTER_PORT 99999, which cannot be"),
+    ],
+    ids=["none", "too high", "no port"],
+)
+def test_variables_that_no_launcher_sets_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EaptkError, match=f"{message}.*; start the processes with torchrun"):
+        eaptk.team.Team.join()
+
+
+def of_two(*arguments: str) -> None:
+    """Target: the command line, in the first of two processes, which does not wait long for the other."""
+    os.environ["WORLD_SIZE"] = "2"
+    eaptk.team._MEETING = 0.5
+    processes.eaptk(*arguments)
+
+
 def progress(out: Path) -> int:
     """Rows that are done, of all runs in a folder; −1 before there is a run."""
     runs = [file.parent for file in out.rglob("manifest.json")]
@@ -155,6 +226,8 @@ def test_under_torchrun_several_processes_give_the_bytes_of_one(
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("100 samples") == 1
     assert_same(out, alone("rows"))
+    # To be repeated, by however many processes.
+    assert Run.open(out).manifest["provenance"]["command"].startswith("eaptk score --model ")
 
 
 def torchrun(size: int, *words: str) -> subprocess.CompletedProcess[str]:
@@ -202,8 +275,6 @@ def test_processes_with_other_weights_are_refused(command: Command, tmp_path: Pa
 
 def with_weights_of_its_own(*arguments: str) -> None:
     """Target: the command line, with another model in each process."""
-    import os
-
     words = list(arguments)
     where = words.index("--model") + 1
     words[where] = str(
