@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,11 +132,9 @@ def score(
       torchrun --nproc-per-node 8 -m eaptk score …
     """
     started = time.monotonic()
-    # Launchers and schedulers end a process so; what it has computed should be on disk first.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # That another process has gone is said in a line; torch's store would add its own stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
+    with _stoppable(out):
         from eaptk.loading import quiet_transformers
 
         quiet_transformers()
@@ -170,15 +170,29 @@ def score(
         else:
             outs = {each: out / f"cut-{each}" for each in cut}
             runs = list(score_cuts(model, data, outs, **options).values())
+    for run in runs if leads() else []:
+        print(
+            f"{run.path}: {run.n_samples} samples × {run.keep.graph.n_edges} edges ({run.keep.description}), "
+            f"mean loss {run.loss.mean():.4g}, {time.monotonic() - started:.1f} s"
+        )
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM, by which launchers and schedulers end a process, let the block finish what it has computed.
+
+    Either of them once more ends the process at once: nothing is left that would have to be finished.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
     except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked once more, it has nothing left to finish
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print(
             f"eaptk: stopped; finished rows are kept in {out}, the same command goes on from there",
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
-    for run in runs if leads() else []:
-        print(
-            f"{run.path}: {run.n_samples} samples × {run.graph.n_edges} edges, "
-            f"mean loss {run.loss.mean():.4g}, {time.monotonic() - started:.1f} s"
-        )
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -107,7 +107,7 @@ def test_score_writes_a_run_and_the_same_command_again_keeps_it(
     command = ["score", "--model", model, "--data", data, "--out", tmp_path / "run"]
     assert run(*command) == 0
     first = capfd.readouterr()
-    assert first.out.startswith(f"{tmp_path / 'run'}: 6 samples × 23 edges, mean loss ")
+    assert first.out.startswith(f"{tmp_path / 'run'}: 6 samples × 23 edges (float32), mean loss ")
     assert first.err == ""
     rows = (tmp_path / "run/scores.npy").read_bytes()
     assert run(*command) == 0

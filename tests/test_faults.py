@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import shutil
 import signal
@@ -13,8 +15,10 @@ import numpy as np
 import processes
 import pyarrow.parquet as pq
 import pytest
+import typer
 from checkpoints import make_records, save_checkpoint, write_jsonl
 
+from eaptk.errors import EaptkError
 from eaptk.store import Run
 
 N_SAMPLES = 100
@@ -149,6 +153,37 @@ def test_interrupted_from_the_keyboard_a_run_keeps_its_rows_and_says_how_to_go_o
     assert stage(out) == "scoring"
     assert job.run(out)[0] == 0
     job.assert_as_undisturbed(out)
+
+
+@pytest.mark.parametrize(
+    ("end", "signal_number"),
+    [
+        ("interrupt", signal.SIGINT),
+        ("interrupt", signal.SIGTERM),
+        ("error", signal.SIGTERM),
+        ("success", signal.SIGTERM),
+    ],
+)
+def test_a_signal_on_the_way_out_ends_a_process_without_a_traceback(
+    tmp_path: Path, end: str, signal_number: int
+) -> None:
+    """A launcher ends the others as soon as one has failed, and passes Ctrl-C on to those that had it already."""
+    code, log = processes.run(
+        "test_faults:told_to_end_on_the_way_out", end, signal_number, log=tmp_path / "log"
+    )
+    assert code == -signal_number
+    assert "Traceback" not in log
+
+
+def told_to_end_on_the_way_out(end: str, signal_number: int) -> None:
+    """Target: a command that is over, one way or the other, and then gets a signal."""
+    from eaptk.score_cli import _stoppable
+
+    errors = {"interrupt": KeyboardInterrupt(), "error": EaptkError("no"), "success": None}
+    with contextlib.suppress(EaptkError, typer.Exit), _stoppable(Path("run")):
+        if (error := errors[end]) is not None:
+            raise error
+    os.kill(os.getpid(), signal_number)
 
 
 def test_of_two_processes_writing_one_run_the_second_gives_up_and_the_first_goes_on(
