@@ -250,10 +250,16 @@ def _score(
             team, scoring, samples, plan, list(writers.values()), outs[longest], options.progress
         )
         if unfit:
+            n_left = max((int((~writer.done).sum()) for writer in writers.values()), default=0)
+            done = "the others are done"
+            if n_left > len(unfit):  # sums over samples are taken a stretch at a time
+                done += (
+                    f", but for {n_left - len(unfit)} about as long in stretches with these (metrics only)"
+                )
             raise EaptkError(
                 f"{len(unfit)} of {len(samples)} samples do not fit into memory even one by one, {unfit[0].id!r} of "
-                f"{unfit[0].n_tokens} tokens for one; the others are done: cut or leave out these, or repeat the "
-                f"command where there is more memory"
+                f"{unfit[0].n_tokens} tokens for one; {done}: cut or leave out these, or repeat the command where "
+                f"there is more memory"
             )
 
         def finish() -> None:
