@@ -23,6 +23,8 @@ PROBES = 1024
 LINEAR_TO = 0.05
 #: Adapters that act on more than the modules they replace, or differently for every input.
 _NOT_STATIC = ("XLORA", "POLY")
+#: PEFT's layers that add a product of two narrow maps to a projection, plain or packed: file and class.
+_LORA = (("layer", "Linear"), ("bnb", "Linear4bit"), ("bnb", "Linear8bitLt"))
 
 _probed: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
@@ -160,8 +162,8 @@ def _is_plain(projection: nn.Module) -> bool:
 
 def _adapted(projection: nn.Module, dtype: torch.dtype) -> Tensor | None:
     """Of a LoRA layer; its variants are more than a sum, and probed."""
-    lora = sys.modules.get("peft.tuners.lora.layer")
-    if lora is None or not isinstance(projection, lora.Linear):
+    found = (getattr(sys.modules.get(f"peft.tuners.lora.{file}"), name, None) for file, name in _LORA)
+    if not isinstance(projection, tuple(filter(None, found))):
         return None
     layer: Any = projection
     base = matrix(layer.base_layer, dtype)
@@ -181,7 +183,8 @@ def _adapted(projection: nn.Module, dtype: torch.dtype) -> Tensor | None:
 
 def _unpacked(projection: nn.Module) -> Tensor | None:
     """[out, in] of bitsandbytes' packed weights."""
-    weight: Any = getattr(projection, "weight", None)
+    # The module's own: an adapter gives out those of the projection inside it.
+    weight: Any = projection._parameters.get("weight")
     if type(weight).__name__ not in ("Params4bit", "Int8Params") or weight.is_meta:
         return None
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight

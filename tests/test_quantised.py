@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from oracle import relative_error
@@ -70,9 +71,28 @@ def test_four_bits_score_as_the_weights_they_stand_for(tmp_path: Path, name: str
     assert relative_error(rows(packed, "block"), before) > 0.01
 
 
-def test_heads_of_eight_bits_add_up_to_blocks(tmp_path: Path) -> None:
+def with_adapter(model: nn.Module) -> Any:
+    """A LoRA of random weights, as large as the model's own, on the attention's projections."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
+
+
+def test_an_adapter_on_four_bits_scores_as_merged(tmp_path: Path) -> None:
+    folder = quantised(tmp_path, "llama", FOUR_BITS)
+    packed, plain = load_model(folder, device="cpu"), unpacked("llama", load_model(folder, device="cpu"))
+    adapted, merged = with_adapter(packed), with_adapter(plain)
+    merged.load_state_dict({k: v for k, v in adapted.state_dict().items() if "lora_" in k}, strict=False)
+    merged = merged.merge_and_unload()
+    for granularity in GRANULARITIES:
+        assert relative_error(rows(adapted.base_model.model, granularity), rows(merged, granularity)) < 1e-5
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["bare", "with adapter"])
+def test_heads_of_eight_bits_add_up_to_blocks(tmp_path: Path, adapted: bool) -> None:
     """Activations are rounded to 8 bits on their way into a projection: what heads wrote adds up to as much."""
     packed = load_model(quantised(tmp_path, "llama", EIGHT_BITS), device="cpu")
+    if adapted:
+        packed = with_adapter(packed).base_model.model
     blocks, heads = Graph.from_model(packed, "block"), Graph.from_model(packed, "head")
     by_block = torch.from_numpy(blocks.matrix(rows(packed, "block").numpy()))
     by_head = torch.from_numpy(heads.matrix(rows(packed, "head").numpy()))
