@@ -1,7 +1,7 @@
 """Samples and batches: token ids, how many of them are real, and which logits carry loss.
 
 A batch is always right-padded. With causal attention nothing real then ever sees padding, so no attention
-mask is needed, positions count from 0, and a sample's numbers cannot depend on its neighbours.
+mask is needed, positions count from 0, and a sample's numbers cannot depend on its neighbours, but for rounding.
 """
 
 from __future__ import annotations

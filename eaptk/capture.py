@@ -111,7 +111,8 @@ class Capture:
                 self._hook_sources(index, layer)
                 if self._with_gradients:
                     self._hook_destinations(index, layer)
-                    self._before(layer.block, self._watch(index))
+                    if index:
+                        self._before(layer.block, self._watch(index))
                 if self._recompute:
                     self._hooks.enter_context(run_again(layer.block))
             if self._with_gradients:
@@ -180,12 +181,16 @@ class Capture:
         assert self.root is not None
         self._reading, self._left = False, left
         roots = [*([] if loss is None else [(loss, None)]), *ends]
-        torch.autograd.grad(
-            [root for root, _ in roots],
-            [self.root, *leaves],
-            [gradient for _, gradient in roots],
-            retain_graph=again,
-        )
+        try:
+            torch.autograd.grad(
+                [root for root, _ in roots],
+                [self.root, *leaves],
+                [gradient for _, gradient in roots],
+                retain_graph=again,
+            )
+        finally:
+            # It may know this capture. In a cycle all sources would wait for Python's collector.
+            self._left = None
 
     def destinations(self, readers: Sequence[Reader] | None = None) -> list[Destination]:
         """Operands in order of reading, once the backward pass has left their layers; default: all."""
@@ -256,7 +261,7 @@ class Capture:
 
     def _watch(self, index: int) -> Callable[[Tensor], None]:
         def left(gradient: Tensor) -> None:
-            if self._left is not None and index > 0:
+            if self._left is not None:
                 self._left(index)
 
         def watch(stream: Tensor) -> None:

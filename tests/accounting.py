@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,19 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     with _Count() as count:
         work()
     return count.peak
+
+
+def bytes_left(work: Callable[[], Any]) -> int:
+    """Bytes of tensors made by `work` that are alive after it, without the help of Python's collector."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with _Count() as count:
+            work()
+        return sum(size for reference, size in count.known.values() if not reference.expired())
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _storage(x: Tensor) -> torch.UntypedStorage:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
-from accounting import peak_bytes
+from accounting import bytes_left, peak_bytes
 from tiny import NAMES, tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -78,8 +79,8 @@ def test_flush_groups_of_sequences_contracted_in_several_chunks_agree_to_the_bit
     assert torch.equal(attribute(model, batch, graph, flush_layers=2).rows, whole.rows)
 
 
-def test_a_sample_is_cut_the_same_way_whatever_its_neighbours() -> None:
-    """Only the model's own passes may round a row differently beside longer neighbours."""
+def test_a_sample_is_cut_the_same_way_beside_a_longer_one() -> None:
+    """Only the model's own passes may round its row differently; beside those of its own length, products may too."""
     generator = torch.Generator().manual_seed(0)
 
     def random(tokens: int) -> Tensor:
@@ -108,6 +109,34 @@ def test_each_dial_saves_memory(granularity: str, monkeypatch: pytest.MonkeyPatc
 
     neither, again, both = peak(LAYERS, False), peak(LAYERS, True), peak(1, True)
     assert both < 0.8 * again < 0.6 * neither
+
+
+def broken(logits: Tensor, batch: Batch) -> Tensor:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"checkpoint": True, "flush_layers": 1},
+        {"ablation": "patching", "loss": "kl"},
+        {"segment": 5},
+        {"loss": broken},
+    ],
+    ids=["plain", "checkpoint", "kl", "segment", "error"],
+)
+def test_nothing_of_a_batch_waits_for_pythons_collector(options: dict[str, Any]) -> None:
+    """All sources in one reference cycle would be there still while the next batches run."""
+    model, batch = tiny_model("llama"), tiny_batch()
+    graph = Graph.from_model(model, "head")
+
+    def score() -> None:
+        with suppress(ZeroDivisionError):
+            attribute(model, batch, graph, **options)
+
+    score()  # what is made once a model
+    assert bytes_left(score) == 0
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -164,9 +193,6 @@ def test_a_group_of_no_layers_is_refused() -> None:
 
 def test_a_loss_that_fails_under_checkpointing_leaves_the_model_as_found() -> None:
     model = tiny_model("llama")
-
-    def broken(logits: Tensor, batch: Batch) -> Tensor:
-        raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         attribute(model, tiny_batch(), Graph.from_model(model), loss=broken, checkpoint=True)
