@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from eaptk.batch import NO_TARGET, Batch
-from eaptk.errors import EaptkError
 from eaptk.kernels.tiles import cdiv
 
 #: A loss of one's own: (logits [B, T, V], batch) → [B].
@@ -103,14 +102,7 @@ def of_positions(
         clean: [N, D], those of the clean run, for loss ``"kl"``.
         scale: what the samples' mean losses will be multiplied by before the backward pass. The gradient is formed
             at that scale, and brought to any other by a product: exact, if it is another power of two.
-
-    Raises:
-        EaptkError: the batch has no foils, which loss ``"logit_diff"`` needs.
     """
-    if loss == "logit_diff" and targets.foils is None:
-        raise EaptkError(
-            "loss 'logit_diff' contrasts the answer with a foil: give every sample `foil` or `foil_ids`"
-        )
     found: Tensor = _OfPositions.apply(hidden, loss, targets, head, clean, scale)  # type: ignore[no-untyped-call]
     return found
 

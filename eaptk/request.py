@@ -71,6 +71,21 @@ def check_request(
         raise EaptkError(
             f"sample {batch.names[without[0]]!r} has no target, so no loss {loss!r}; give it an answer or labels"
         )
+    if loss == "logit_diff":
+        _check_foils(batch)
+
+
+def _check_foils(batch: Batch) -> None:
+    if batch.foils is None:
+        raise EaptkError(
+            "loss 'logit_diff' contrasts the answer with a foil: give every sample `foil` or `foil_ids`"
+        )
+    lacking = ((batch.targets != NO_TARGET) & (batch.foils == NO_TARGET)).any(1).nonzero().flatten().tolist()
+    if lacking:
+        raise EaptkError(
+            f"sample {batch.names[lacking[0]]!r} has a shorter foil than answer; give it a foil token for each of the "
+            f"answer's"
+        )
 
 
 def check_tokens(batch: Batch, model: nn.Module) -> None:

@@ -16,7 +16,9 @@ from eaptk import (
     Batch,
     EaptkError,
     Graph,
+    Sample,
     attribute,
+    collate,
     source_means,
 )
 
@@ -182,6 +184,13 @@ def test_a_sample_without_a_target_is_named() -> None:
     targets[1] = -100
     with pytest.raises(EaptkError, match="sample 'sample-1' has no target"):
         attribute(model, replace(batch, targets=targets), Graph.from_model(model))
+
+
+def test_a_sample_whose_foil_is_shorter_than_its_answer_is_named() -> None:
+    model, whole = tiny_model("llama", torch.float32), Sample("whole", (1, 2), (3, 4), foil_ids=(5, 6))
+    batch = collate([whole, replace(whole, id="short", foil_ids=(5,))])
+    with pytest.raises(EaptkError, match="sample 'short' has a shorter foil than answer"):
+        attribute(model, batch, Graph.from_model(model), loss="logit_diff")
 
 
 @pytest.mark.parametrize("change", ["other-granularity", "missing", "other-width"])
