@@ -109,7 +109,8 @@ def attribute(
         checkpoint: keep of each layer its input alone, and run it again in the backward pass: another forward pass
             for memory that grows by a tensor [B, T, D] a layer. None: what memory asks for.
         segment: for the longest sequences: take so many tokens at a time, so that of all tokens and layers only keys
-            and values are held (`eaptk.segments`). Costs a third forward pass, and changes scores by rounding.
+            and values are held (`eaptk.segments`). Costs a third forward pass, and changes scores by rounding; layers
+            are run again whatever `checkpoint` says.
         on_device: leave the rows on the model's device, for more work on them there.
 
     Raises:

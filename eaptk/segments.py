@@ -58,9 +58,9 @@ def by_segments(
             assert others is not None
             ids, others = others, ids
         sites, device = Sites(model, graph), batch.ids.device
-        places = [(part.to(device), sample.to(device)) for part, sample in places]
+        places = [part.to(device) for part in places]
         halves, scale = Halves(model, sites), loss_scale(model)
-        flush_layers = request.flush_layers or 1
+        flush_layers = 1 if request.flush_layers is None else request.flush_layers
         none = torch.zeros(0, dtype=torch.int64, device=device)
         past = _fill(model, sites, ids, size, lambda part, kept: halves.hidden(part, none, kept))
         other_past = other = clean = None
@@ -69,7 +69,7 @@ def by_segments(
         rows: Tensor | None = None
         wide = torch.promote_types(sites.dtype, torch.float32)
         sample_losses = torch.zeros(n_samples, dtype=wide, device=device)
-        for (start, end), (here, sample) in zip(reversed(parts), reversed(places), strict=True):
+        for (start, end), here in zip(reversed(parts), reversed(places), strict=True):
             if rows is None and not len(here.tokens):
                 continue  # nothing here has a gradient
             if others is not None:
@@ -85,7 +85,7 @@ def by_segments(
                 else:
                     values = losses.of_positions(loss, hidden, here, halves, clean, scale)
                     shares = values * here.shares.to(wide)
-                    sample_losses.index_add_(0, sample, shares.detach())
+                    sample_losses += torch.stack([own.sum() for own in shares.detach().split(here.counts)])
                     part = shares.sum() * scale
                     del values, shares
                 sources = operands(run, request, other)
@@ -184,20 +184,19 @@ def _fill(
     return past
 
 
-def _within(targets: Targets, n_tokens: int, start: int, end: int) -> tuple[Targets, Tensor]:
-    """Targets of a batch in one segment of it, and the samples [n] they belong to; on the host, before any pass."""
+def _within(targets: Targets, n_tokens: int, start: int, end: int) -> Targets:
+    """Targets of a batch in one segment of it, with the shares they have of the whole; read before any pass."""
     sample, at = targets.index // n_tokens, targets.index % n_tokens
     here = ((at >= start) & (at < end)).nonzero().flatten()
     sample = sample[here]
     counts = torch.bincount(sample, minlength=len(targets.counts)).tolist()
-    part = Targets(
+    return Targets(
         sample * (end - start) + at[here] - start,
         tuple(counts),
         targets.shares[here],
         targets.tokens[here],
         None if targets.foils is None else targets.foils[here],
     )
-    return part, sample
 
 
 def _lengths_within(lengths: Sequence[int], start: int, end: int) -> list[int]:

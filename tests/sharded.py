@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "patched, KL": {"ablation": "patching", "loss": "kl"},
     "mean": {"ablation": "mean"},
     "by layers, computed again": {"flush_layers": 1, "checkpoint": True},
+    "by segments": {"segment": 4},
 }
 
 

@@ -67,10 +67,11 @@ def test_what_a_token_takes_is_a_fraction_of_its_checkpointed_layers() -> None:
     assert growth(segment=32) < 0.4 * growth(checkpoint=True, flush_layers=1)
 
 
-def test_segments_of_no_tokens_are_refused() -> None:
+@pytest.mark.parametrize("dials", [{"segment": 0}, {"segment": 4, "flush_layers": 0}], ids=str)
+def test_segments_of_no_tokens_and_groups_of_no_layers_are_refused(dials: dict[str, int]) -> None:
     model = tiny_model("llama")
-    with pytest.raises(EaptkError, match="segment is 0; it must be at least 1"):
-        attribute(model, tiny_batch(), Graph.from_model(model), segment=0)
+    with pytest.raises(EaptkError, match=r"(segment|flush_layers) is 0; it must be at least 1"):
+        attribute(model, tiny_batch(), Graph.from_model(model), **dials)
 
 
 def test_a_loss_of_ones_own_is_not_taken_by_segments() -> None:
