@@ -33,7 +33,7 @@ class Halves:
         #: What runs all layers.
         self._trunk = model.get_submodule(sites.architecture.layers.rpartition(".")[0])
         self._unembedding = sites.unembedding
-        self.vocabulary = int(sites.unembedding.weight.shape[0])
+        self.vocabulary = sites.vocabulary
         self._ids: Tensor | None = None
         #: What the trunk returned, of one position.
         self._output: Any = None

@@ -45,7 +45,12 @@ def flush_cuts(readers: Sequence[Reader], flush_layers: int) -> dict[int, int]:
     Returns:
         By layer that the backward pass has left, the first reader of those contracted then. What remains is
         contracted at the pass's end.
+
+    Raises:
+        EaptkError: `flush_layers` is no number of layers.
     """
+    if flush_layers < 1:
+        raise EaptkError(f"flush_layers is {flush_layers}; it must be at least 1")
     n_layers = last_layer = readers[-1].layer
     if flush_layers >= n_layers:
         return {}
@@ -133,9 +138,8 @@ class Work:
         spread = 3 if len(matrices) > 2 else 4 if activation in _SPELLED_OUT else 1
         eager = getattr(config, "_attn_implementation", None) == "eager"
         square = n_samples * graph.n_heads * n_tokens**2
-        _, vocabulary = features(sites.unembedding) or sites.unembedding.weight.shape[::-1]
         on_gpu = sites.devices[0].type == "cuda" if on_gpu is None else on_gpu
-        most_together = chunk_positions(vocabulary, "cuda" if on_gpu else "cpu")
+        most_together = chunk_positions(sites.vocabulary, "cuda" if on_gpu else "cpu")
         n_together = tokens if whole_logits else cdiv(n_loss, max(1, cdiv(n_loss, most_together)))
         # Of a chunk there are logits and slope; a half-precision one's slope is wide, and a soft-cap keeps its operand.
         logit = 16 if whole_logits else 8 if size >= 4 else 12
@@ -155,13 +159,13 @@ class Work:
             + (square * (size + 4) if eager else 0),
             backward=tokens * size * 3 * inner,
             n_together=n_together,
-            logits=n_together * vocabulary * logit * max(1, size // 4)
+            logits=n_together * sites.vocabulary * logit * max(1, size // 4)
             + n_loss * width * size * (0 if whole_logits else 3),
             parameters=sum(
                 read * written for each in sites.layers for read, written in linear_maps(each.block)
             ),
             spared=graph.n_layers * width * inner if layer.mlp_write is layer.mlp_read else 0,
-            unembedding=vocabulary * width,
+            unembedding=sites.vocabulary * width,
             attention=graph.n_layers * 4 * n_samples * n_tokens**2 * query_width // (1 if eager else 2),
             patched=patched,
             n_cuts=n_cuts,
@@ -323,8 +327,6 @@ class Plan:
         Raises:
             EaptkError: `flush_layers` is no number of layers.
         """
-        if flush_layers is not None and flush_layers < 1:
-            raise EaptkError(f"flush_layers is {flush_layers}; it must be at least 1")
         plans = []
         for recompute in (False, True) if checkpoint is None else (checkpoint,):
             for layers in _halved(work.graph.n_layers) if flush_layers is None else [flush_layers]:

@@ -14,7 +14,7 @@ from eaptk.architecture import Architecture, find_architecture
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.shards import Shards
-from eaptk.weights import bare, dtype_of, execution_device, in_place, matrix
+from eaptk.weights import bare, dtype_of, execution_device, features, in_place, matrix
 
 BRANCHES = ("q", "k", "v")
 
@@ -105,6 +105,12 @@ class Sites:
         return list(dict.fromkeys(execution_device(layer.attention_output) for layer in self.layers))
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Number of logits; packed weights of an unembedding have another shape."""
+        _, written = features(self.unembedding) or self.unembedding.weight.shape[::-1]
+        return int(written)
+
+    @cached_property
     def readers(self) -> list[Reader]:
         """Destination operands in order of reading."""
         graph = self.graph
@@ -153,7 +159,10 @@ class Sites:
         kind = self.architecture.norm
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if eps is None or not isinstance(getattr(norm, "weight", None), Tensor):
-            raise EaptkError(f"cannot read gain and ε of {type(norm).__name__} as a {kind!r} norm")
+            raise EaptkError(
+                f"cannot read gain and ε of {type(norm).__name__} as a {kind!r} norm; merge an adapter of norms, or "
+                f"correct the architecture entry"
+            )
         gain = in_place(norm, "weight")
         if kind == "rms_plus_one":
             gain = gain.to(torch.promote_types(gain.dtype, torch.float32)) + 1

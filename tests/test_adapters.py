@@ -163,6 +163,13 @@ def test_virtual_tokens_are_refused(config: peft.PeftConfig) -> None:
         rows(model)
 
 
+def test_an_adapter_of_norms_is_to_be_merged() -> None:
+    config = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), config)
+    with pytest.raises(EaptkError, match=r"gain and ε of LNTuningLayer .*; merge an adapter of norms"):
+        rows(model)
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     """A base model, and an adapter of it."""
