@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: test demo reproduce bench format clean
+.PHONY: test demo reproduce bench bench-quick format clean
 
 test: $(INSTALLED)
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; $(BIN)/playwright install chromium
@@ -18,10 +18,19 @@ demo: $(INSTALLED)
 reproduce: $(INSTALLED)
 	$(BIN)/python examples/arithmetic/train.py --out build/arithmetic
 
+# Within an hour on 2 cores, and on a card where there is one; records, docs/benchmarks.md and the README's table.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.cost
-	$(BIN)/python -m benchmarks.sweep
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.floor
+	$(BIN)/python -m benchmarks.micro
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.report
+
+# The same in small, within ten minutes (and those that the peers' environments take once), into build/bench/.
+bench-quick: $(INSTALLED)
+	$(BIN)/python -m benchmarks.floor --quick
+	$(BIN)/python -m benchmarks.micro --quick
+	$(BIN)/python -m benchmarks.peers --quick
+	$(BIN)/python -m benchmarks.report --quick
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -208,6 +208,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr(command, "FOLDER", folder)
         patch.setattr(record, "QUICK", folder)
+        patch.setattr(record, "ROOT", folder)
         patch.setenv("COLUMNS", "200")
         patch.setitem(SHAPES, "tiny", Shape("Qwen2Config", shape | heads, n_layers=2, quick_layers=2))
         patch.setitem(PEERS, "right", Peer("eaptk_attribute", "eaptk itself", HEAD, None))

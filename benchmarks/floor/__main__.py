@@ -16,7 +16,7 @@ from benchmarks import record
 from benchmarks.floor import host
 from benchmarks.floor.passes import measure
 from benchmarks.floor.shapes import DEVICE, cases
-from benchmarks.floor.tables import host_table, passes_table
+from benchmarks.floor.tables import TABLE_WIDTH, host_table, passes_table
 
 PARTS = ("passes", "storing", "sweeping", "starting")
 #: Of the minutes, what goes to cases; the others are short.
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["starting"] = host.starting(20 if options.quick else 60)
     path = record.write("floor", result, options.quick)
     out = Console()
+    out.width = max(out.width, TABLE_WIDTH)
     for table in (passes_table(result), host_table(result)):
         if table.row_count:
             out.print(table)

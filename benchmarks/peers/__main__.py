@@ -16,7 +16,7 @@ from benchmarks import record
 from benchmarks.peers.catalogue import PEERS
 from benchmarks.peers.client import HERE, ROOT, ToolError, environment, packages
 from benchmarks.peers.comparison import Bench, Settings, compare, largest
-from benchmarks.peers.tables import accuracies, costs
+from benchmarks.peers.tables import TABLE_WIDTH, accuracies, costs
 from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
 
 FOLDER = ROOT / "build" / "peers"
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     settings = Settings(
         tokens=options.tokens,
-        seconds=5 if options.quick else 60,
+        seconds=5 if options.quick else 45,
         limit=300 if options.quick else 1800,
         threads=options.threads,
         folder=FOLDER / "run",
@@ -91,11 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "comparisons": comparisons,
     }
     path = record.write("peers", result, options.quick)
+    out = Console()
+    out.width = max(out.width, TABLE_WIDTH)
     for shape in options.shapes:
         of_shape = [found for found in comparisons if found["shape"] == shape]
-        Console().print(costs(of_shape, options.tokens, options.gigabytes))
-        Console().print(accuracies(of_shape))
-    print(f"written to {path}")
+        out.print(costs(of_shape, options.tokens, options.gigabytes))
+        out.print(accuracies(of_shape))
+    print(f"written to {path.relative_to(record.ROOT)}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

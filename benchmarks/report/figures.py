@@ -1,0 +1,96 @@
+"""Figures of records, as SVG that is the same bytes for the same record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from benchmarks.floor.passes import LEVELS
+from benchmarks.report.floor import right
+from benchmarks.report.peers import timed
+from eaptk.figures import INK, STYLE
+
+COLOURS = {"block": "#2166ac", "head": "#b2182b"}
+OWN, OTHER = "#2166ac", "#b9b9c3"
+LABELS = {"peer": "peer", "eaptk": "eaptk, asked for the same"}
+
+
+def floor_figure(cases: list[dict[str, Any]]) -> Figure:
+    """Ratio to the bare passes with its interval, a row a case, a panel a level."""
+    shown = right(cases)
+    figure = Figure(figsize=(10, 1.4 + 0.3 * len(shown)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    places = range(len(shown))
+    for axes, level in zip(panels, LEVELS, strict=True):
+        found = [case[level] for case in shown]
+        for place, each in zip(places, found, strict=True):
+            low, high = each["ratio"]["interval"] or (min(each["ratio"]["each"]), max(each["ratio"]["each"]))
+            axes.plot([low, high], [place, place], color=COLOURS[level], lw=2.5, alpha=0.45)
+        medians = [each["ratio"]["median"] for each in found]
+        axes.plot(medians, places, "o", color=COLOURS[level], ms=5, label="measured: median, interval")
+        by_flops = [each["flop_ratio"] for each in found]
+        axes.plot(by_flops, places, "|", color=INK, ms=9, label="by FLOPs alone")
+        targets = {each["target"] for each in found} - {None}
+        for target in targets:
+            axes.axvline(target, color=INK, lw=0.8, ls="--", label=f"target {target:.2f}, from 256 tokens")
+        axes.axvline(1, color="0.7", lw=0.8)
+        axes.set_title(f"{level} level")
+        axes.set_xlabel("times the bare forward and backward pass")
+        axes.legend(fontsize=7, loc="upper right")
+        axes.margins(x=0.15)
+    panels[0].set_yticks(places, [case["name"] for case in shown], fontsize=7)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def peers_figure(found: list[dict[str, Any]], tokens: int) -> Figure:
+    """Seconds beside the bare passes, and memory above the model, of each peer and of eaptk asked for the same."""
+    shown = timed(found)
+    figure = Figure(figsize=(10, 1.6 + 0.5 * len(shown)), layout="constrained")
+    left, right_ = figure.subplots(1, 2, sharey=True)
+    pairs = [
+        {who: each["seconds"]["ratio"][f"{who} / bare"]["median"] for who in ("peer", "eaptk")}
+        for each in shown
+    ]
+    _bars(left, pairs, "times the bare forward and backward pass", "{:.2f}")
+    left.axvline(1, color=INK, lw=0.8)
+    memory = [
+        {who: each["memory"]["bytes"][who][-1] / 1e6 for who in ("peer", "eaptk", "bare")} for each in shown
+    ]
+    _bars(right_, memory, "MB resident above the model (line: bare passes)", "{:,.0f}")
+    for place, each in enumerate(memory):
+        right_.plot([each["bare"]] * 2, [place - 0.4, place + 0.4], color=INK, lw=1.2)
+    names = [f"{each['peer']} ({each['form']['granularity']})" for each in shown]
+    left.set_yticks(range(len(shown)), names)
+    left.invert_yaxis()
+    left.legend(loc="lower right", fontsize=8)
+    first = shown[0]
+    figure.suptitle(
+        f"{first['shape']}, {first['layers']} layers, one sample of {tokens} tokens, CPU", fontsize=10
+    )
+    return figure
+
+
+def _bars(axes: Axes, pairs: list[dict[str, float]], label: str, text: str) -> None:
+    for shift, who, colour in ((-0.2, "peer", OTHER), (0.2, "eaptk", OWN)):
+        values = [pair[who] for pair in pairs]
+        places = [place + shift for place in range(len(pairs))]
+        bars = axes.barh(places, values, height=0.36, color=colour, label=LABELS[who])
+        axes.bar_label(bars, [text.format(value) for value in values], padding=2, fontsize=7)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.2)
+    axes.set_xlabel(label)
+
+
+def save(figure: Figure, path: Path) -> None:
+    with matplotlib.rc_context(STYLE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})

@@ -1,0 +1,119 @@
+"""The page's part on the peers, and on accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.peers.comparison import DTYPES
+from benchmarks.report.markdown import error, table
+
+COMMAND = "python -m benchmarks.peers"
+#: By level: how many times faster than every peer, and most of its memory above the bare passes.
+WANTED = {"head": (10.0, 0.25), "block": (2.0, None)}
+
+
+def section(record: dict[str, Any], figures: dict[str, str]) -> str:
+    """Markdown of one record; `figures` by shape."""
+    settings = record["settings"]
+    parts = [
+        f"`{COMMAND}`. One sample of {settings['tokens']} random tokens, float32, CPU, {settings['threads']} threads; "
+        "the same weights, tokens and loss, each tool in a process of its own, in turns with eaptk asked for what the "
+        "peer computes (granularity, patching) and with the bare passes. A peer's scores are first given eaptk's "
+        "numbering and held against float64, by kind of destination; nothing is timed where they are not the same. "
+        "MB: resident memory above the loaded model, at most. Fits: tokens of one sample in "
+        f"{settings['gigabytes']:g} GB, on the straight line through two lengths, so too many for a tool that keeps "
+        "[heads, T, T]."
+    ]
+    for shape in record["shapes"]:
+        found = [each for each in record["comparisons"] if each["shape"] == shape]
+        parts.append(f"### {shape}, {found[0]['layers']} layers")
+        if shape in figures:
+            parts.append(f"![Seconds and memory of each tool, {shape}]({figures[shape]})")
+        parts.append(_costs(found))
+        parts.append(_verdict(found))
+    parts.append(_versions(record["environments"]))
+    return "\n\n".join(parts)
+
+
+def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons that nothing went wrong in."""
+    return [each for each in found if each["error"] is None and each["check"]["passed"]]
+
+
+def above_bare(each: dict[str, Any], who: str) -> int:
+    """Bytes of a contender above the bare passes, of the whole sample."""
+    peaks = each["memory"]["bytes"]
+    return int(peaks[who][-1] - peaks["bare"][-1])
+
+
+def _costs(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for each in found:
+        title = f"{each['peer']}: {each['what']}"
+        if each not in timed(found):
+            rows.append([f"{title}. {each['error']}", "failed", *[""] * 8])
+            continue
+        median, ratio = each["seconds"]["median"], each["seconds"]["ratio"]
+        memory = each["memory"]["bytes"]
+        rows.append(
+            [
+                title,
+                each["form"]["granularity"],
+                error(each["check"]["errors"]["all"]),
+                f"{median['peer']:.3f}",
+                f"{median['eaptk']:.3f}",
+                f"**{ratio['peer / eaptk']['median']:.1f}×**",
+                f"{ratio['eaptk / bare']['median']:.2f}",
+                f"{memory['peer'][-1] / 1e6:.0f}",
+                f"{memory['eaptk'][-1] / 1e6:.0f} / {memory['bare'][-1] / 1e6:.0f}",
+                f"{_tokens(each['largest']['peer'])} / {_tokens(each['largest']['eaptk, least memory'])}",
+            ]
+        )
+    headings = ["peer", "level", "error", "peer s", "eaptk s", "peer ÷ eaptk", "eaptk ÷ bare", "peer MB"]
+    return table([*headings, "eaptk / bare MB", "fits: peer / eaptk"], rows)
+
+
+def _verdict(found: list[dict[str, Any]]) -> str:
+    lines = []
+    for level, (faster, leaner) in WANTED.items():
+        each = [one for one in timed(found) if one["form"]["granularity"] == level]
+        if not each:
+            continue
+        ratios = {one["peer"]: one["seconds"]["ratio"]["peer / eaptk"]["median"] for one in each}
+        slow = min(ratios, key=ratios.__getitem__)
+        line = f"- {level} level, {faster:g}× wanted: the quickest peer, {slow}, takes {ratios[slow]:.1f}× eaptk's time"
+        if leaner is not None:
+            shares = {one["peer"]: above_bare(one, "eaptk") / max(1, above_bare(one, "peer")) for one in each}
+            worst = max(shares, key=shares.__getitem__)
+            line += f"; beside the leanest, {worst}, eaptk takes {shares[worst]:.2f} of the memory above the bare "
+            line += f"passes ({leaner:g} wanted)"
+        lines.append(line + ".")
+    return "\n".join(lines)
+
+
+def _versions(environments: dict[str, Any]) -> str:
+    shown = []
+    for name, each in environments.items():
+        packages = each.get("packages", {})
+        own = name.rpartition("-")[0] if name[-1].isdigit() else name
+        version = packages.get(own, packages.get(own.replace("-", "_")))
+        shown.append(f"{name}: {each['error']}" if "error" in each else f"{own} {version}")
+    return f"Versions: {'; '.join(shown)}; torch is eaptk's own build in all. Pins: `benchmarks/peers/*.txt`."
+
+
+def accuracy(record: dict[str, Any]) -> str:
+    """Relative error to float64, by dtype, of every tool that has scores."""
+    rows = [
+        [
+            f"{each['peer']}, {each['shape']}, {each['form']['granularity']}",
+            *(f"{error(each['accuracy'][who][dtype])}" for dtype in DTYPES for who in ("peer", "eaptk")),
+        ]
+        for each in record["comparisons"]
+        if "accuracy" in each
+    ]
+    headings = [f"{dtype}: {who}" for dtype in DTYPES for who in ("peer", "eaptk")]
+    return table(["tool", *headings], rows)
+
+
+def _tokens(n: int | None) -> str:
+    return "any" if n is None else f"{n:,}"
