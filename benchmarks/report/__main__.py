@@ -87,20 +87,28 @@ def page(records: dict[str, Any], drawn: dict[str, str]) -> str:
         floor.section(records["floor"], drawn.get("floor", "")) if "floor" in records else _absent("floor"),
         "## Against peers",
     ]
+    exact = [
+        "## How exact",
+        "Relative distance (Frobenius) of scores to those in float64. In half precision nearly all of it is the "
+        "model's own rounding.",
+    ]
     if "peers" in records:
         by_shape = {
             name.removeprefix("peers-"): path for name, path in drawn.items() if name.startswith("peers-")
         }
-        parts += [
-            peers.section(records["peers"], by_shape),
-            "## How exact",
-            "Relative distance (Frobenius) of scores to float64, of one sample of 64 tokens; beside each peer eaptk "
-            "asked for the same. In half precision nearly all of it is the model's own rounding.",
-            peers.accuracy(records["peers"]),
-        ]
+        parts.append(peers.section(records["peers"], by_shape))
+        exact += ["Of one sample of 64 tokens, beside each peer eaptk asked for the same:"]
+        exact += [peers.accuracy(records["peers"])]
     else:
         parts.append(_absent("peers"))
+    if "floor" in records:
+        exact += [
+            "Of eaptk, 24 tokens of every case above; and of its contraction alone, to that of the same operands in "
+            "float64:",
+            floor.exactness(records["floor"]),
+        ]
     parts += [
+        *(exact if len(exact) > 2 else ()),
         "## Single pieces",
         _pieces(records["micro"]) if "micro" in records else _absent("micro"),
         "## Predicted and measured",

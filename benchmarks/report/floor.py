@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.floor.passes import LEVELS
 from benchmarks.floor.tables import fault_of, host_lines, interval_text
-from benchmarks.report.markdown import share, table
+from benchmarks.report.markdown import error, share, table
 
 COMMAND = "python -m benchmarks.floor"
 
@@ -130,6 +130,20 @@ def _profiles(cases: list[dict[str, Any]]) -> list[str]:
             + table(["operator", "µs above bare", "calls"], rows)
         )
     return found
+
+
+def exactness(record: dict[str, Any]) -> str:
+    """Relative errors of scores, and of the contraction alone, of every case that could be run."""
+    rows = [
+        [
+            case["name"],
+            *(error(case["gate"]["errors"][level]) for level in LEVELS),
+            *(error(case["gate"]["contraction_errors"][level]) for level in LEVELS),
+        ]
+        for case in record["cases"]
+        if "gate" in case
+    ]
+    return table(["case", *LEVELS, *(f"contraction, {level}" for level in LEVELS)], rows)
 
 
 def _host(record: dict[str, Any]) -> str:
