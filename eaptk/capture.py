@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from eaptk.errors import EaptkError
 from eaptk.kernels import Destination, Norm, Source
 from eaptk.sites import BRANCHES, LayerSites, Reader, Sites
-from eaptk.weights import at_hand, is_offloaded
+from eaptk.weights import at_hand, is_offloaded, laid_out_for_gradients
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.eval()
         for module, name in trainable:
             getattr(module, name).requires_grad_(False)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), laid_out_for_gradients(model):
             yield
     finally:
         for module in training:

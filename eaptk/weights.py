@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -225,6 +226,32 @@ def _probe(projection: nn.Module, dtype: torch.dtype) -> Tensor:
     if packed:
         _probed[projection] = (key, found)
     return found
+
+
+@contextmanager
+def laid_out_for_gradients(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes' 4-bit weights as they are inside.
+
+    On a CPU with bfloat16 instructions a pass without gradients would lay them out anew, in place; from then on
+    gradients through them are none or wrong.
+
+    Raises:
+        EaptkError: that has happened already.
+    """
+    modules: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    for module in modules:
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise EaptkError(
+                "bitsandbytes has laid the model's 4-bit weights out for inference on this CPU, and no gradient flows "
+                "through them now; load it again, and score it before anything else runs it"
+            )
+    try:
+        for module in modules:
+            module.support_avx512bf16_for_cpu = False
+        yield
+    finally:
+        for module in modules:
+            module.support_avx512bf16_for_cpu = True
 
 
 def packed_projections(model: nn.Module) -> list[nn.Module]:

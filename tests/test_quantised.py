@@ -71,16 +71,39 @@ def test_four_bits_score_as_the_weights_they_stand_for(tmp_path: Path, name: str
     assert relative_error(rows(packed, "block"), before) > 0.01
 
 
-def with_adapter(model: nn.Module) -> Any:
-    """A LoRA of random weights, as large as the model's own, on the attention's projections."""
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
-
-
-def test_an_adapter_on_four_bits_scores_as_merged(tmp_path: Path) -> None:
+def test_a_pass_without_gradients_leaves_four_bits_as_they_were(tmp_path: Path) -> None:
+    """On some CPUs bitsandbytes lays them out anew in such a pass: no gradient flows through them then."""
     folder = quantised(tmp_path, "llama", FOUR_BITS)
     packed, plain = load_model(folder, device="cpu"), unpacked("llama", load_model(folder, device="cpu"))
-    adapted, merged = with_adapter(packed), with_adapter(plain)
+    graph, before = Graph.from_model(packed, "head"), rows(packed, "head")
+    patched = [attribute(each, tiny_batch(), graph, ablation="patching").rows for each in (packed, plain)]
+    assert relative_error(*patched) < 1e-6
+    assert torch.equal(rows(packed, "head"), before)
+
+
+def test_four_bits_that_were_laid_out_for_inference_before_are_refused(tmp_path: Path) -> None:
+    packed = load_model(quantised(tmp_path, "llama", FOUR_BITS), device="cpu")
+    with torch.no_grad():
+        packed(tiny_batch().ids)
+    if not hasattr(packed.model.layers[0].self_attn.q_proj.weight.quant_state, "packing_format_for_cpu"):
+        pytest.skip("this CPU has no layout of its own for them")
+    with pytest.raises(EaptkError, match="laid the model's 4-bit weights out for inference"):
+        rows(packed, "block")
+
+
+def with_adapter(model: nn.Module, **settings: bool) -> Any:
+    """A LoRA of random weights, as large as the model's own, on the attention's projections."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **settings)
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=str)
+def test_an_adapter_on_four_bits_scores_as_merged(tmp_path: Path, settings: dict[str, bool]) -> None:
+    folder = quantised(tmp_path, "llama", FOUR_BITS)
+    packed, plain = load_model(folder, device="cpu"), unpacked("llama", load_model(folder, device="cpu"))
+    adapted, merged = with_adapter(packed, **settings), with_adapter(plain, **settings)
     merged.load_state_dict({k: v for k, v in adapted.state_dict().items() if "lora_" in k}, strict=False)
     merged = merged.merge_and_unload()
     for granularity in GRANULARITIES:
