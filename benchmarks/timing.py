@@ -52,16 +52,15 @@ def in_turns(
 
     Args:
         seconds: about how long all of it may take. A third at most goes to warming up; then there are three rounds
-            at least, but one alone if that has taken all the time there is.
+            at least, but fewer if these have taken twice the time there is.
         warm_up: rounds that do not count, at most.
         most: rounds that count, at most.
     """
     started = time.perf_counter()
     for _ in range(warm_up):
         for run in contenders.values():
-            run()
-        if time.perf_counter() - started > seconds / 3:
-            break
+            if time.perf_counter() - started < seconds / 3:
+                run()
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for done in range(most):
         spent = time.perf_counter() - started

@@ -25,11 +25,11 @@ ROWS_A_BATCH = 8
 #: What a new process is asked to do, from nothing to a command of eaptk's that reads no model.
 STARTS = {
     "python": ["-c", "pass"],
-    "import torch": ["-c", "import torch"],
-    "import torch, transformers": ["-c", "import torch, transformers.modeling_utils"],
     "import eaptk": ["-c", "import eaptk"],
     "eaptk --help": ["-m", "eaptk", "--help"],
     "eaptk score --help": ["-m", "eaptk", "score", "--help"],
+    "import torch and transformers' models": ["-c", "import torch, transformers.modeling_utils"],
+    "the same, and all of eaptk that scores": ["-c", "import torch, transformers.modeling_utils, eaptk.run"],
 }
 
 

@@ -116,10 +116,6 @@ def host_lines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
                 f"{speed['read and sum']:.1f} GB/s of reading and summing; {sweeping['times_the_twin']:.0f}× numpy",
             )
         )
-    before = None
-    for name, seconds in result.get("starting", {}).items():
-        taken = seconds["median"]
-        beside = "" if before is None else f"{taken - before:+.2f} s to the line above"
-        lines.append((f"start: {name}", f"{taken:.2f} s", beside))
-        before = taken
+    starting = result.get("starting", {})
+    lines += [(f"start: {name}", f"{seconds['median']:.2f} s", "") for name, seconds in starting.items()]
     return lines
