@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = target / "benchmarks.md"
     path.write_text(page(records, drawn))
     written = [path]
-    if not options.quick:
+    if not options.quick and {"floor", "peers"} & records.keys():
         shape = next(iter(records["peers"]["shapes"]), "") if "peers" in records else ""
         figure = drawn.get(f"peers-{shape}", drawn.get("floor"))
         readme.update(README, readme.region(records, figure and f"docs/{figure}"))

@@ -35,14 +35,14 @@ def floor_figure(cases: list[dict[str, Any]]) -> Figure:
         axes.plot(medians, places, "o", color=COLOURS[level], ms=5, label="measured: median, interval")
         by_flops = [each["flop_ratio"] for each in found]
         axes.plot(by_flops, places, "|", color=INK, ms=9, label="by FLOPs alone")
-        targets = {each["target"] for each in found} - {None}
-        for target in targets:
-            axes.axvline(target, color=INK, lw=0.8, ls="--", label=f"target {target:.2f}, from 256 tokens")
+        title = f"{level} level"
+        for target in {each["target"] for each in found} - {None}:
+            axes.axvline(target, color=INK, lw=0.8, ls="--")
+            title += f", at most {target:.2f} wanted from 256 tokens on"
         axes.axvline(1, color="0.7", lw=0.8)
-        axes.set_title(f"{level} level")
+        axes.set_title(title)
         axes.set_xlabel("times the bare forward and backward pass")
-        axes.legend(fontsize=7, loc="upper right")
-        axes.margins(x=0.15)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     panels[0].set_yticks(places, [case["name"] for case in shown], fontsize=7)
     panels[0].invert_yaxis()
     return figure
