@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.collect()
     if "storing" in options.parts:
         console.print("the store beside plain writes")
-        result["storing"] = host.storing(100 if options.quick else 500, 5 if options.quick else 40)
+        result["storing"] = host.storing(50 if options.quick else 500, 5 if options.quick else 30)
     if "sweeping" in options.parts:
         console.print("the sweep over rows beside reading them")
         result["sweeping"] = host.sweeping(0.2 if options.quick else 1.0, 7)
     if "starting" in options.parts:
         console.print("starting up")
-        result["starting"] = host.starting(20 if options.quick else 60)
+        result["starting"] = host.starting(10 if options.quick else 40)
     path = record.write("floor", result, options.quick)
     out = Console()
     out.width = max(out.width, TABLE_WIDTH)
@@ -77,14 +77,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Attribution beside the bare passes, kernels beside the machine's best, and the disk.",
     )
     parser.add_argument("--quick", action="store_true", help="shallower models, fewer repetitions")
-    parser.add_argument("--minutes", type=float, help="that it may take, about (20; 4 if quick)")
+    parser.add_argument("--minutes", type=float, help="that it may take, about (18; 3 if quick)")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="cases whose name has all of these words"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
-    options.minutes = options.minutes or (4 if options.quick else 20)
+    options.minutes = options.minutes or (3 if options.quick else 18)
     return options
 
 

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     settings = Settings(
         tokens=options.tokens,
-        seconds=5 if options.quick else 45,
+        seconds=3 if options.quick else 45,
         limit=300 if options.quick else 1800,
         threads=options.threads,
         folder=FOLDER / "run",
@@ -105,13 +105,19 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.peers",
         description="eaptk beside its peers: scores checked, then seconds, memory and accuracy.",
     )
-    parser.add_argument("--quick", action="store_true", help="shallower models, fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="one shallower model, fewer repetitions")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
-    parser.add_argument("--tokens", type=int, default=256, help=f"of the sample (256; at most {MOST_TOKENS})")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help="all; the first if quick"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help=f"of the sample (256; 128 if quick; at most {MOST_TOKENS})"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gigabytes", type=float, default=8.0, help="memory that lengths are to fit in")
     options = parser.parse_args(arguments)
+    options.shapes = options.shapes or list(SHAPES)[: 1 if options.quick else None]
+    options.tokens = options.tokens or (128 if options.quick else 256)
     if not 16 <= options.tokens <= MOST_TOKENS:
         parser.error(f"--tokens must be from 16 to {MOST_TOKENS}")
     return options

@@ -30,7 +30,7 @@ SHAPES = {
     "gpt2-small": Shape(
         "GPT2Config", {"n_positions": MOST_TOKENS, "n_ctx": MOST_TOKENS}, n_layers=12, quick_layers=3
     ),
-    # Of benchmarks/cost.py.
+    # "Qwen2, narrow" of benchmarks.floor.
     "qwen2": Shape(
         "Qwen2Config",
         {
