@@ -31,7 +31,7 @@ from eaptk.plan import Plan, Work, free_memory
 from eaptk.request import ABLATIONS as ABLATIONS
 from eaptk.request import Ablation as Ablation
 from eaptk.request import Request, as_batch, check_request, check_tokens, prepare
-from eaptk.segments import by_segments
+from eaptk.segments import by_segments, check_segment
 from eaptk.sites import Sites
 from eaptk.weights import bare, device_of, dtype_of, is_offloaded
 
@@ -108,9 +108,9 @@ def attribute(
             memory asks for (`Plan`).
         checkpoint: keep of each layer its input alone, and run it again in the backward pass: another forward pass
             for memory that grows by a tensor [B, T, D] a layer. None: what memory asks for.
-        segment: for the longest sequences: take so many tokens at a time, so that of all tokens and layers only keys
-            and values are held (`eaptk.segments`). Costs a third forward pass, and changes scores by rounding; layers
-            are run again whatever `checkpoint` says.
+        segment: for the longest sequences: take so many tokens at a time where a batch has more, so that of all
+            tokens and layers only keys and values are held (`eaptk.segments`). Costs a third forward pass, and
+            changes scores by rounding; layers are run again whatever `checkpoint` says.
         on_device: leave the rows on the model's device, for more work on them there.
 
     Raises:
@@ -118,10 +118,12 @@ def attribute(
             NaN or infinite (the sample and the edge are named).
     """
     request = Request(ablation, loss, means, flush_layers, checkpoint)
-    if segment is None:
-        scores = _attribute(bare(model), as_batch(batch), graph, request)[0]
+    batch = as_batch(batch)
+    if segment is not None:
+        check_segment(segment, loss)
+    if segment is None or batch.ids.shape[1] <= segment:
+        scores = _attribute(bare(model), batch, graph, request)[0]
     else:
-        batch = as_batch(batch)
         scores = _checked(*by_segments(bare(model), batch, graph, request, segment), batch, graph)
     return scores if on_device else replace(scores, rows=scores.rows.cpu())
 

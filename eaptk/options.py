@@ -14,6 +14,7 @@ from eaptk.graph import Granularity, Graph, Qkv
 from eaptk.keep import Keep, RowDtype
 from eaptk.losses import LOSSES, LossFunction, LossName
 from eaptk.manifest import loss_name
+from eaptk.segments import check_segment
 from eaptk.statistics import DEFAULT_BINS, Histogram
 
 #: What a run can score: the losses of `attribute`, and the model's own answers.
@@ -36,6 +37,7 @@ class Options:
     given_answers: bool = False
     max_new_tokens: int = 256
     tokens_per_batch: int | None = None
+    segment: int | None = None
     row_dtype: RowDtype = "float32"
     metrics_only: bool = False
     bins: int | None = None
@@ -73,6 +75,8 @@ class Options:
             )
         if self.given_answers and self.loss != "self_nll":
             raise EaptkError(f"given answers are the model's own with loss 'self_nll' only, not {name!r}")
+        if self.segment is not None:
+            check_segment(self.segment, self.loss)
         _ = self.histogram
 
     @property

@@ -44,6 +44,7 @@ def score(
     cut: int | None = None,
     max_new_tokens: int = 256,
     tokens_per_batch: int | None = None,
+    segment: int | None = None,
     row_dtype: RowDtype = "float32",
     metrics_only: bool = False,
     bins: int | None = None,
@@ -85,6 +86,7 @@ def score(
         max_new_tokens: of the model's own answers.
         tokens_per_batch: padding included; the dial between memory and speed. None: what a run that is there was
             given, else what fits. A resume may change it until a row is done, and answers that are there are kept.
+        segment: see `attribute`: for samples that fit no other way.
         row_dtype: of scores.npy.
         metrics_only: keep no rows, only what `eaptk.measure` and `eaptk.compare` need of them
             (see `eaptk.statistics`): some hundred bytes a sample, whatever the number of edges.
@@ -116,6 +118,7 @@ def score(
         given_answers=given_answers,
         max_new_tokens=max_new_tokens,
         tokens_per_batch=tokens_per_batch,
+        segment=segment,
         row_dtype=row_dtype,
         metrics_only=metrics_only,
         bins=bins,
@@ -146,7 +149,7 @@ def score_cuts(
     """Score the same answers cut to several lengths, one run each: `score` for each `cut`, but forward passes shared.
 
     Rows are those of `score`, to rounding: batches are planned for the longest cut. With ablation ``"mean"``, whose
-    means differ by cut, and with a loss of one's own nothing is shared. A resume must name the same cuts.
+    means differ by cut, with a loss of one's own and by segments nothing is shared. A resume must name the same cuts.
 
     Args:
         model, dataset, tokenizer: as for `score`.
@@ -165,7 +168,7 @@ def score_cuts(
         raise EaptkError(
             f"{len(paths)} cuts go to {len(set(paths.values()))} directories; give each cut its own"
         )
-    shared = checked.ablation != "mean" and not callable(checked.loss)
+    shared = checked.ablation != "mean" and not callable(checked.loss) and checked.segment is None
     groups = [list(paths)] if shared else [[cut] for cut in paths]
     found: dict[int, Run] = {}
     for cuts in groups:
@@ -209,7 +212,7 @@ def _score(
         _check_samples(samples, options)
         # The weights come last: they take the longest, and by now the rest is known to be right.
         loaded = model if is_loaded else _load(model, options)
-        scoring = Scoring(loaded, graph, options.ablation, options.loss, tuple(outs), keep)
+        scoring = Scoring(loaded, graph, options.ablation, options.loss, tuple(outs), options.segment, keep)
 
         def tokens_per_batch() -> int:
             if options.tokens_per_batch is not None:
@@ -226,6 +229,7 @@ def _score(
             "ablation": options.ablation,
             "loss": loss_name(options.loss),
             "tokens_per_batch": n_tokens,
+            "segment": options.segment,
             "versions": versions(),
             "provenance": provenance(dataset),
         }

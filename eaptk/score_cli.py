@@ -61,6 +61,10 @@ def score(
     tokens_per_batch: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a batch, padding included; default: what fits.")
     ] = None,
+    segment: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of longer samples take so many tokens at a time: slower, for less memory."),
+    ] = None,
     row_dtype: Annotated[
         Literal["float32", "float16"], typer.Option(help="How scores are stored.")
     ] = "float32",
@@ -150,6 +154,7 @@ def score(
             "given_answers": given_answers,
             "max_new_tokens": max_new_tokens,
             "tokens_per_batch": tokens_per_batch,
+            "segment": segment,
             "row_dtype": row_dtype,
             "metrics_only": metrics_only,
             "bins": bins,

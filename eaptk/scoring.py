@@ -66,6 +66,7 @@ class Scoring:
     Args:
         model, graph, ablation, loss: as for `attribute`; loss may be ``"self_nll"``.
         cuts: of the answers, one a run: all are scored in one forward pass. None: the answers are as they are.
+        segment: as for `attribute`; with one cut alone.
         keep: see `eaptk.keep`.
     """
 
@@ -74,6 +75,7 @@ class Scoring:
     ablation: Ablation
     loss: Any
     cuts: tuple[int | None, ...]
+    segment: int | None
     keep: Keep
 
     def scores(self, batch: Batch, means: Mapping[str, Tensor] | None) -> list[EdgeScores]:
@@ -81,7 +83,7 @@ class Scoring:
         loss = "nll" if self.loss == "self_nll" else self.loss
         options: dict[str, Any] = {"ablation": self.ablation, "loss": loss, "means": means, "on_device": True}
         if len(self.cuts) == 1:
-            return [attribute(self.model, batch, self.graph, **options)]
+            return [attribute(self.model, batch, self.graph, segment=self.segment, **options)]
         cuts = [cut for cut in self.cuts if cut is not None]
         return attribute_cuts(self.model, batch, self.graph, cuts, **options)
 

@@ -36,18 +36,9 @@ from eaptk.sites import Sites
 def by_segments(
     model: nn.Module, batch: Batch, graph: Graph, request: Request, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows [B, n_edges] and losses [B], on the model's device.
-
-    Raises:
-        EaptkError: a segment of no tokens; a loss that is a callable.
-    """
+    """Rows [B, n_edges] and losses [B], on the model's device; the loss is a named one."""
     loss = request.loss
-    if size < 1:
-        raise EaptkError(f"segment is {size}; it must be at least 1")
-    if callable(loss):
-        raise EaptkError(
-            f"by segments a loss is a named one, which is a sum over tokens: {', '.join(LOSSES)}"
-        )
+    assert not callable(loss)
     with frozen(model):
         targets, lengths, (n_samples, n_tokens) = Targets.of(batch), batch.lengths.tolist(), batch.ids.shape
         parts = [(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
@@ -95,6 +86,18 @@ def by_segments(
                 rows = found if rows is None else rows.add_(found)
         assert rows is not None
     return rows / scale, sample_losses
+
+
+def check_segment(size: int, loss: Any) -> None:
+    """Raises:
+    EaptkError: a segment of no tokens; a loss that is a callable.
+    """
+    if size < 1:
+        raise EaptkError(f"segment is {size}; it must be at least 1")
+    if callable(loss):
+        raise EaptkError(
+            f"by segments a loss is a named one, which is a sum over tokens: {', '.join(LOSSES)}"
+        )
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]

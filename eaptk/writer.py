@@ -29,7 +29,7 @@ _UNMATCHED = ("provenance", "model.id")
 
 #: Keys that say nothing of the model's own answers: while no row is done these may change and answers are kept.
 _NO_MATTER_TO_ANSWERS = (
-    *("tokens_per_batch", "graph", "ablation"),
+    *("tokens_per_batch", "segment", "graph", "ablation"),
     *("row_dtype", "metrics_only", "edges", "top", "layer_pairs"),
 )
 

@@ -123,6 +123,7 @@ def test_score_writes_a_run_and_the_same_command_again_keeps_it(
         ("--ablation patching --loss kl", {"loss": "kl"}),
         ("--loss self-nll --max-new-tokens 4 --cut 3", {"loss": "self_nll", "cut": 3, "max_new_tokens": 3}),
         ("--row-dtype float16 --tokens-per-batch 64", {"row_dtype": "float16", "tokens_per_batch": 64}),
+        ("--segment 4", {"segment": 4}),
         ("--dtype bfloat16 --device cpu", {"model.dtype": "bfloat16", "model.device": "cpu"}),
         ("--attention eager", {"model.attention": "eager"}),
         ("--limit 2", {"dataset.samples": 2}),
