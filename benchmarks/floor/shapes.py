@@ -154,8 +154,8 @@ def _whole() -> Iterable[Case]:
         yield Case("Qwen2.5-0.5B", 4, samples, tokens)
     # Of 32,768 tokens one round of one layer takes minutes here, all but a hundredth of them attention's.
     yield Case("Qwen2, narrow", 1, 1, 16384)
-    for dtype in ("bfloat16", "float16"):
-        yield Case("Qwen2.5-0.5B", 4, 1, 256, dtype)
+    # In float16 a backward pass takes minutes: PyTorch has no fast product of it on a CPU.
+    yield Case("Qwen2.5-0.5B", 4, 1, 256, "bfloat16")
     yield Case("Qwen2.5-0.5B", 4, 4, 256, checkpoint=True)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks import record
 from benchmarks.peers.catalogue import PEERS
 from benchmarks.peers.client import HERE, ROOT, ToolError, environment, packages
-from benchmarks.peers.comparison import Bench, Settings, compare, largest
+from benchmarks.peers.comparison import DTYPES, Bench, Settings, compare, largest
 from benchmarks.peers.tables import TABLE_WIDTH, accuracies, costs
 from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
 
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         limit=300 if options.quick else 1800,
         threads=options.threads,
         folder=FOLDER / "run",
+        dtypes=DTYPES[:2] if options.quick else DTYPES,
     )
     settings.folder.mkdir(parents=True, exist_ok=True)
     environments: dict[str, Any] = {}

@@ -65,7 +65,7 @@ def accuracies(found: list[dict[str, Any]]) -> Table:
             table.add_row(
                 each["peer"],
                 *(
-                    f"{_error(each['accuracy']['peer'][dtype])} | {_error(each['accuracy']['eaptk'][dtype])}"
+                    f"{_error(each['accuracy']['peer'].get(dtype))} | {_error(each['accuracy']['eaptk'].get(dtype))}"
                     for dtype in DTYPES
                 ),
             )
@@ -80,7 +80,9 @@ def _tokens(n: int | None) -> str:
     return "any" if n is None else f"{n:,}"
 
 
-def _error(value: float | str) -> str:
+def _error(value: float | str | None) -> str:
+    if value is None:
+        return "–"
     return _plain(value) if isinstance(value, str) else f"{value:.1e}"
 
 

@@ -12,6 +12,7 @@ import matplotlib
 from rich.console import Console
 
 from benchmarks import record
+from benchmarks.peers.comparison import ACCURACY_TOKENS
 from benchmarks.report import figures, floor, peers, readme
 from benchmarks.report.markdown import table
 from eaptk.errors import EaptkError
@@ -97,7 +98,7 @@ def page(records: dict[str, Any], drawn: dict[str, str]) -> str:
             name.removeprefix("peers-"): path for name, path in drawn.items() if name.startswith("peers-")
         }
         parts.append(peers.section(records["peers"], by_shape))
-        exact += ["Of one sample of 64 tokens, beside each peer eaptk asked for the same:"]
+        exact += [f"Of one sample of {ACCURACY_TOKENS} tokens, beside each peer eaptk asked for the same:"]
         exact += [peers.accuracy(records["peers"])]
     else:
         parts.append(_absent("peers"))

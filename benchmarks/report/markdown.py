@@ -19,6 +19,8 @@ def share(x: float) -> str:
     return f"{x:.0%}"
 
 
-def error(x: float | str) -> str:
-    """A relative error, or why there is none."""
+def error(x: float | str | None) -> str:
+    """A relative error, or why there is none; – where none was asked for."""
+    if x is None:
+        return "–"
     return x if isinstance(x, str) else f"{x:.0e}"

@@ -106,7 +106,7 @@ def accuracy(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{each['peer']}, {each['shape']}, {each['form']['granularity']}",
-            *(f"{error(each['accuracy'][who][dtype])}" for dtype in DTYPES for who in ("peer", "eaptk")),
+            *(f"{error(each['accuracy'][who].get(dtype))}" for dtype in DTYPES for who in ("peer", "eaptk")),
         ]
         for each in record["comparisons"]
         if "accuracy" in each
