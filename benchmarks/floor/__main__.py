@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         left = seconds * SHARE_OF_CASES - (time.perf_counter() - started)
         console.print(case.name, highlight=False)
         result["cases"].append(_measured(case, max(5.0, left / (len(chosen) - number))))
+        record.write("floor", result, options.quick)  # a run that is cut off has what it found
         gc.collect()
     if "storing" in options.parts:
         console.print("the store beside plain writes")

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import record
-from benchmarks.peers.catalogue import PEERS
+from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.client import HERE, ROOT, ToolError, environment, packages
 from benchmarks.peers.comparison import DTYPES, Bench, Settings, compare, largest
 from benchmarks.peers.tables import TABLE_WIDTH, accuracies, costs
@@ -46,14 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ToolError as error:
             environments[name] = {"error": str(error)}
 
-    comparisons, shapes = [], {}
+    result: dict[str, Any] = {
+        "settings": {
+            "quick": options.quick,
+            "tokens": options.tokens,
+            "threads": options.threads,
+            "seconds": settings.seconds,
+            "gigabytes": options.gigabytes,
+        },
+        "environments": environments,
+        "shapes": {},
+        "comparisons": [],
+    }
+    comparisons = result["comparisons"]
     with ExitStack() as tools:
         bench = Bench(settings, tools)
         for shape in options.shapes:
             n_layers = SHAPES[shape].quick_layers if options.quick else SHAPES[shape].n_layers
             folder = FOLDER / "models" / f"{shape}-{n_layers}"
             save(SHAPES[shape], n_layers, folder)
-            shapes[shape] = json.loads((folder / "config.json").read_text())
+            result["shapes"][shape] = json.loads((folder / "config.json").read_text())
             for name in options.peers:
                 peer = PEERS[name]
                 console.print(f"{shape}, {n_layers} layers: {name}")
@@ -65,33 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "form": peer.form,
                     "error": environments.get(peer.environment, {}).get("error"),
                 }
+                if not found["error"]:
+                    found |= _compared(bench, peer, pythons[peer.environment], folder, options.gigabytes)
                 comparisons.append(found)
-                if found["error"]:
-                    continue
-                try:
-                    for part, value in compare(bench, peer, pythons[peer.environment], folder):
-                        found[part] = value
-                except ToolError as error:
-                    found["error"] = str(error)
-                if "memory" in found:
-                    memory = found["memory"]
-                    found["largest"] = {
-                        who: largest(memory["tokens"], peaks, options.gigabytes * 1e9)
-                        for who, peaks in memory["bytes"].items()
-                    }
-    result = {
-        "settings": {
-            "quick": options.quick,
-            "tokens": options.tokens,
-            "threads": options.threads,
-            "seconds": settings.seconds,
-            "gigabytes": options.gigabytes,
-        },
-        "environments": environments,
-        "shapes": shapes,
-        "comparisons": comparisons,
-    }
-    path = record.write("peers", result, options.quick)
+                # After each: a run of an hour that is cut off has what it found.
+                path = record.write("peers", result, options.quick)
     out = Console()
     out.width = max(out.width, TABLE_WIDTH)
     for shape in options.shapes:
@@ -99,6 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out.print(costs(of_shape, options.tokens, options.gigabytes))
         out.print(accuracies(of_shape))
     print(f"written to {path.relative_to(record.ROOT)}")
+
+
+def _compared(bench: Bench, peer: Peer, python: Path, folder: Path, gigabytes: float) -> dict[str, Any]:
+    """All parts of one comparison that there are, the error that ended it among them."""
+    found: dict[str, Any] = {"error": None}
+    try:
+        for part, value in compare(bench, peer, python, folder):
+            found[part] = value
+    except ToolError as error:
+        found["error"] = str(error)
+    if memory := found.get("memory"):
+        found["largest"] = {
+            who: largest(memory["tokens"], peaks, gigabytes * 1e9) for who, peaks in memory["bytes"].items()
+        }
+    return found
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
