@@ -94,7 +94,7 @@ class Case:
         return Plan(work, 0, *dials, work.peak(*dials))
 
 
-#: The first is the shape of `benchmarks.cost`.
+#: The first is "Qwen2, narrow" of `benchmarks.floor`.
 CASES = (
     Case(512, 8, (8, 2), 1536, 4096, 4, 256, fitted=True),
     Case(256, 4, (4, 2), 768, 2048, 4, 256, fitted=True),

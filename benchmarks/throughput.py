@@ -12,9 +12,9 @@ Two figures of the same tokens, of programs that have the machine in turns of a 
   padding, attribution, rows on their way to the disk and synced there, the run finished and opened again. Out, as it
   is some tenths of a second whatever the number of tokens: knowing weights and dataset, planning, laying out files.
 
-The model is as wide as that of `benchmarks.cost`, and half as deep. Of a model half as wide the share at block level
-is .84 to .87, as what passes take falls with the square of the width, and what reading sources and gradients takes
-with the width.
+The model is as wide as "Qwen2, narrow" of `benchmarks.floor`, half as deep. Of a model half as wide the share at block
+level is .84 to .87, as what passes take falls with the square of the width, and what reading sources and gradients
+takes with the width.
 
 Tokens are real ones in both. Shares are of wall time; those of processor time are beside them, which a slow disk leaves
 alone. Plans for other budgets and numbers of samples, and the time it takes to read a dataset, are recorded beside.
