@@ -18,14 +18,14 @@ demo: $(INSTALLED)
 reproduce: $(INSTALLED)
 	$(BIN)/python examples/arithmetic/train.py --out build/arithmetic
 
-# Within an hour on 2 cores, and on a card where there is one; records, docs/benchmarks.md and the README's table.
+# Meant for an hour on 2 cores, and for a card where there is one: records, docs/benchmarks.md and the README's table.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.floor
 	$(BIN)/python -m benchmarks.micro
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.report
 
-# The same in small, within ten minutes (and those that the peers' environments take once), into build/bench/.
+# The same in small, into build/bench/; the first time the environments of the peers take minutes of their own.
 bench-quick: $(INSTALLED)
 	$(BIN)/python -m benchmarks.floor --quick
 	$(BIN)/python -m benchmarks.micro --quick
