@@ -35,7 +35,6 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,6 @@ def height(setting: str, n_tokens: int) -> int:
 
     from benchmarks.cost import bare_pass
     from eaptk import Batch, Graph, attribute
-    from eaptk.capture import run_again
     from eaptk.sites import Sites
 
     level, dials = SETTINGS[setting]
@@ -96,10 +94,7 @@ def height(setting: str, n_tokens: int) -> int:
         if level is not None:
             attribute(model, batch, graph, **dials)
             return
-        with ExitStack() as layers:
-            for layer in sites.layers if dials["checkpoint"] else ():
-                layers.enter_context(run_again(layer.block))
-            bare_pass(model, sites, batch)
+        bare_pass(model, sites, batch, dials["checkpoint"])
 
     work(64)
     before = resident("VmRSS")

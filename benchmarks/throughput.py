@@ -30,6 +30,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def score_all(
 
 
 def pass_bare(pace: Pace, n: int, n_threads: int, new_model: Callable[[], Any] = the_model) -> None:
-    """Program: a mark at the start, and one a batch, over and over again."""
+    """Program: a mark at the start, and one a batch, over and over again until nobody is there to be compared with."""
     torch.set_num_threads(n_threads)
     model = new_model()
     samples = make_samples(n, model.config.vocab_size)
@@ -156,10 +157,11 @@ def pass_bare(pace: Pace, n: int, n_threads: int, new_model: Callable[[], Any] =
         bare_pass(model, batch)
     pace.ready()
     pace.mark()
-    while not pace.is_over:
-        for batch in batches:
-            bare_pass(model, batch)
-            pace.mark()
+    for done, batch in enumerate(cycle(batches)):
+        if done >= len(batches) and pace.is_over:
+            break
+        bare_pass(model, batch)
+        pace.mark()
 
 
 def shares(n: int, n_threads: int, new_model: Callable[[], Any] = the_model) -> dict[str, Times]:
@@ -167,8 +169,9 @@ def shares(n: int, n_threads: int, new_model: Callable[[], Any] = the_model) -> 
     programs = {level: Program(score_all, (n, level, n_threads, new_model)) for level in TARGETS}
     found = in_turns({"bare": Program(pass_bare, (n, n_threads, new_model), ends=False), **programs})
     n_batches = len(plan_batches([sum(each) - 1 for each in zip(*lengths(n), strict=True)], BUDGET))
-    bare = found["bare"].reshape(-1, n_batches, 2).mean(0).sum(0)
-    return {"bare": bare, **{level: found[level][0] for level in TARGETS}}
+    # Each batch as long as it took on average: of the last pass some may be missing.
+    bare = [found["bare"][batch::n_batches].mean(0) for batch in range(n_batches)]
+    return {"bare": np.sum(bare, axis=0), **{level: found[level][0] for level in TARGETS}}
 
 
 def plan_facts(n: int, budget: int) -> dict[str, Any]:

@@ -35,12 +35,11 @@ def passes_table(result: dict[str, Any]) -> Table:
         for level in LEVELS:
             found, first = case[level], level == LEVELS[0]
             target = found["target"]
-            missed = target and found["ratio"]["median"] > target
             table.add_row(
                 case["name"] if first else "",
                 f"{case['bare']['seconds']['median'] * 1e3:.0f}" if first else "",
                 level,
-                f"[{'red' if missed else 'default'}]{found['ratio']['median']:.3f}[/]",
+                f"[{'red' if is_over(found) else 'default'}]{found['ratio']['median']:.3f}[/]",
                 interval_text(found["ratio"]),
                 "" if target is None else f"≤ {target:.2f}",
                 f"{found['flop_ratio']:.3f}",
@@ -51,6 +50,11 @@ def passes_table(result: dict[str, Any]) -> Table:
                 end_section=not first,
             )
     return table
+
+
+def is_over(found: dict[str, Any]) -> bool:
+    """Whether a level's ratio is over its target, if it has one."""
+    return bool(found["target"] and found["ratio"]["median"] > found["target"])
 
 
 def fault_of(part: dict[str, Any]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.floor.passes import LEVELS
-from benchmarks.floor.tables import fault_of, host_lines, interval_text
+from benchmarks.floor.tables import fault_of, host_lines, interval_text, is_over
 from benchmarks.report.markdown import error, share, table
 
 COMMAND = "python -m benchmarks.floor"
@@ -65,17 +65,11 @@ def _ratios(cases: list[dict[str, Any]]) -> str:
 
 def missed(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
     """Cases and levels whose median is over the target."""
-    return [
-        (case, level)
-        for case in right(cases)
-        for level in LEVELS
-        if case[level]["target"] and case[level]["ratio"]["median"] > case[level]["target"]
-    ]
+    return [(case, level) for case in right(cases) for level in LEVELS if is_over(case[level])]
 
 
 def _marked(found: dict[str, Any]) -> str:
-    over = found["target"] and found["ratio"]["median"] > found["target"]
-    return f"**{found['ratio']['median']:.2f}**" + (" (over)" if over else "")
+    return f"**{found['ratio']['median']:.2f}**" + (" (over)" if is_over(found) else "")
 
 
 def _verdict(cases: list[dict[str, Any]]) -> str:
