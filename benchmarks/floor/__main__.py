@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import record
+from benchmarks.console import wide_console
 from benchmarks.floor import host
 from benchmarks.floor.passes import measure
 from benchmarks.floor.shapes import DEVICE, cases
-from benchmarks.floor.tables import TABLE_WIDTH, host_table, passes_table
+from benchmarks.floor.tables import host_table, passes_table
 
 PARTS = ("passes", "storing", "sweeping", "starting")
 #: Of the minutes, what goes to cases; the others are short.
@@ -52,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print("starting up")
         result["starting"] = host.starting(10 if options.quick else 40)
     path = record.write("floor", result, options.quick)
-    out = Console()
-    out.width = max(out.width, TABLE_WIDTH)
+    out = wide_console()
     for table in (passes_table(result), host_table(result)):
         if table.row_count:
             out.print(table)

@@ -8,8 +8,6 @@ from rich.table import Table
 
 from benchmarks.floor.passes import LEVELS
 
-#: Columns that a table needs where nobody looks at it as it is printed: a narrower terminal wraps cells.
-TABLE_WIDTH = 160
 #: In which a fault of a case is shown, in place of figures.
 FAULT = "[red]{}[/]"
 

@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import record
+from benchmarks.console import wide_console
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.client import HERE, ROOT, ToolError, environment, packages
 from benchmarks.peers.comparison import DTYPES, Bench, Settings, compare, largest
-from benchmarks.peers.tables import TABLE_WIDTH, accuracies, costs
+from benchmarks.peers.tables import accuracies, costs
 from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
 
 FOLDER = ROOT / "build" / "peers"
@@ -82,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 comparisons.append(found)
                 # After each: a run of an hour that is cut off has what it found.
                 path = record.write("peers", result, options.quick)
-    out = Console()
-    out.width = max(out.width, TABLE_WIDTH)
+    out = wide_console()
     for shape in options.shapes:
         of_shape = [found for found in comparisons if found["shape"] == shape]
         out.print(costs(of_shape, options.tokens, options.gigabytes))

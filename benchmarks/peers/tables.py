@@ -8,8 +8,6 @@ from rich.table import Table
 
 from benchmarks.peers.comparison import DTYPES
 
-#: Columns that a table needs where nobody looks at it as it is printed: a narrower terminal wraps cells.
-TABLE_WIDTH = 150
 EAPTK, LEAST = "eaptk", "eaptk, least memory"
 
 
