@@ -33,9 +33,9 @@ LEAST_TOKENS = 256
 GATE_TOKENS = 24
 #: Largest relative error of scores to those of the same weights in float64. In half precision the model's own
 #: rounding is most of it.
-LIMITS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+LIMITS = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 #: And of the contraction alone to that of the same operands in float64.
-CONTRACTION_LIMITS = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
+CONTRACTION_LIMITS = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
 #: Elements of the copy, and rows of the square product, that the contraction is held against.
 COPIED, SQUARE = (2**28, 8192) if DEVICE.type == "cuda" else (2**26, 2048)
 MOST_OPERATORS = 8
