@@ -159,7 +159,10 @@ class _Reader:
         if members[0].weight is not None:
             assert self.norm is not None
             weights = [member.weight for member in members if member.weight is not None]
-            self.weight = torch.cat(weights).to(dtype) * self.norm.gain.to(dtype)
+            self.weight = weights[0].new_empty(self.rows, *weights[0].shape[1:], dtype=dtype)
+            shares = self.weight.split([member.rows for member in members])
+            for share, weight in zip(shares, weights, strict=True):
+                torch.mul(weight.to(dtype), self.norm.gain.to(dtype), out=share)
             if self.norm.centred:
                 self.weight -= self.weight.mean(-1, keepdim=True)
         if self.norm is not None:
@@ -190,8 +193,11 @@ class _Reader:
             for share, member in zip(shares, self.members, strict=True):
                 torch.mul(member.gradient[part], rho.unsqueeze(-1), out=share)
             torch.bmm(narrow.flatten(0, 1).transpose(0, 1), self.weight, out=out.flatten(1, 2))
-        along = torch.linalg.vecdot(out, normed.unsqueeze(0))
-        out.addcmul_(along.unsqueeze(-1), normed.unsqueeze(0), value=-1 / normed.shape[-1])
+        # Row by row, through one row of scratch: fresh memory for all rows costs more page faults than arithmetic.
+        products = torch.empty_like(normed)
+        for row in out:
+            along = torch.mul(row, normed, out=products).sum(-1, keepdim=True)
+            row.addcmul_(along, normed, value=-1 / normed.shape[-1])
 
 
 class _Group:
@@ -235,7 +241,7 @@ def _source_weight(source: Source, dtype: torch.dtype) -> Tensor | None:
     if source.weight is None:
         return None
     weight = source.weight.to(dtype)
-    return weight.contiguous() if source.gain is None else weight * source.gain.to(dtype)
+    return weight if source.gain is None else weight * source.gain.to(dtype)
 
 
 def _expand_source(source: Source, weight: Tensor | None, part: tuple[slice, slice], out: Tensor) -> None:
