@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,7 @@ class Work:
         n_sources, element = self.graph.n_sources, max(4, self.itemsize)
         tokens = min(self.n_samples * self.n_tokens, chunk_tokens(n_sources, self.width))
         rows = max(sum(r.rows for r in group) for group in _groups(readers))
+        rows += max(sum(r.rows for r in same) for _, same in groupby(readers, lambda r: r.group_key))
         expanding = sum(r.rows for r in readers if r.branch)
         expanding += self.graph.n_heads * len(self._sources_read(readers))
         head_dim = self.query_width // self.graph.n_heads

@@ -35,10 +35,11 @@ from .tiles import cdiv
 
 #: Elements of the scratch that holds one chunk's expanded rows: 32 MB in float32, about a last-level cache.
 SCRATCH = 8 * 2**20
-#: Fewest tokens a chunk holds, however wide the graph: below it the products degenerate to vector ones.
-MIN_TOKENS = 16
-#: Destination rows a group is filled up to: wide enough for vector units, narrow enough to skip half the non-edges.
-GROUP_ROWS = 16
+#: Fewest tokens a chunk holds, however wide the graph: with 16 weights are read more than they are multiplied.
+MIN_TOKENS = 64
+#: Destination rows a group is filled up to, of blocks and of heads: wide enough for vector units (18 heads a layer take
+#: a fifth less time two layers at once), narrow enough to skip half the non-edges, and few layers' blocks to wait for.
+GROUP_ROWS, GROUP_HEADS = 16, 32
 #: Partial products a chunk is split into at most, added in order in float64: work for several threads, the same bits
 #: for any number of them, and a third of the error of 8, as float32 adds up less of it.
 SPLIT = 32
@@ -78,6 +79,8 @@ def contract(
     most = max(min(chunk, length) * (samples.stop - samples.start) for samples, length in packs)
     source_scratch = torch.empty(n_sources * most * width, dtype=dtype, device=device)
     group_scratch = torch.empty(group_rows * most * width, dtype=dtype, device=device)
+    behind_norm = max(reader.rows for group in groups for reader in group.readers)
+    norm_scratch = torch.empty(behind_norm * most * width, dtype=dtype, device=device)
     real = torch.cat([group.real() for group in groups]).nonzero().flatten().to(device)
     scores = torch.empty(len(lengths), len(real), dtype=dtype, device=device)
     for samples, length in packs:
@@ -100,7 +103,8 @@ def contract(
                 gradients = group_scratch[: group.rows * size].view(group.rows, *shape)
                 row = 0
                 for reader in group.readers:
-                    reader.expand(part, gradients[row : row + reader.rows])
+                    spare = norm_scratch[: reader.rows * size].view(reader.rows, *shape)
+                    reader.expand(part, gradients[row : row + reader.rows], spare)
                     row += reader.rows
                 total += _product(gradients, expanded[: group.reach])
         scores[samples] = torch.cat([total.flatten(1) for total in sums], 1)[:, real]
@@ -137,8 +141,9 @@ def group_starts(destinations: Sequence[tuple[Hashable, int]]) -> list[int]:
         destinations: a key and the rows of each; neighbours of one key go back through their norm together.
     """
     starts, rows, index = [0], 0, 0
+    enough = GROUP_HEADS if any(n > 1 for _, n in destinations) else GROUP_ROWS
     for _, members in groupby(destinations, key=lambda d: d[0]):
-        if rows >= GROUP_ROWS:
+        if rows >= enough:
             starts.append(index)
             rows = 0
         counts = [n for _, n in members]
@@ -169,8 +174,8 @@ class _Reader:
             #: [B, T, 1], and the mean that goes before it.
             self.mean, self.rho = _statistics(self.norm, dtype)
 
-    def expand(self, part: tuple[slice, slice], out: Tensor) -> None:
-        """Write G of a part of samples and tokens into out [rows, b, t, D]."""
+    def expand(self, part: tuple[slice, slice], out: Tensor, spare: Tensor) -> None:
+        """Write G of a part of samples and tokens into out [rows, b, t, D]; spare is scratch of its shape."""
         norm = self.norm
         if norm is None:
             for row, member in zip(out, self.members, strict=True):
@@ -193,11 +198,9 @@ class _Reader:
             for share, member in zip(shares, self.members, strict=True):
                 torch.mul(member.gradient[part], rho.unsqueeze(-1), out=share)
             torch.bmm(narrow.flatten(0, 1).transpose(0, 1), self.weight, out=out.flatten(1, 2))
-        # Row by row, through one row of scratch: fresh memory for all rows costs more page faults than arithmetic.
-        products = torch.empty_like(normed)
-        for row in out:
-            along = torch.mul(row, normed, out=products).sum(-1, keepdim=True)
-            row.addcmul_(along, normed, value=-1 / normed.shape[-1])
+        # Into memory that is there: of a product made anew for each chunk page faults cost more than arithmetic.
+        along = torch.mul(out, normed, out=spare).sum(-1, keepdim=True)
+        out.addcmul_(along, normed, value=-1 / normed.shape[-1])
 
 
 class _Group:
