@@ -82,6 +82,9 @@ def _verdict(found: list[dict[str, Any]]) -> str:
         ratios = {one["peer"]: one["seconds"]["ratio"]["peer / eaptk"]["median"] for one in each}
         slow = min(ratios, key=ratios.__getitem__)
         line = f"- {level} level, {faster:g}× wanted: the quickest peer, {slow}, takes {ratios[slow]:.1f}× eaptk's time"
+        bare = next(one["seconds"]["ratio"]["peer / bare"]["median"] for one in each if one["peer"] == slow)
+        if bare < faster:
+            line += f" and {bare:.1f}× the bare passes', and nothing can be quicker than those"
         if leaner is not None:
             shares = {one["peer"]: above_bare(one, "eaptk") / max(1, above_bare(one, "peer")) for one in each}
             worst = max(shares, key=shares.__getitem__)
