@@ -18,13 +18,10 @@ QUICK = ROOT / "build" / "bench"
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
+    """Machine, versions and commit, of now: to be asked for when measuring begins."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": described.stdout.strip(),
+        "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -33,11 +30,32 @@ def environment() -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any], quick: bool = False) -> Path:
-    """Write benchmarks/results/{name}.json, or build/bench/{name}.json of a quick run."""
+    """Write benchmarks/results/{name}.json, or build/bench/{name}.json of a quick run.
+
+    Args:
+        result: with `environment` of when measuring began; that of now is added where it has none.
+    """
     path = (QUICK if quick else RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
     return path
+
+
+def _commit() -> str:
+    """What is checked out, and whether the code is another: records and pages made of them are not code."""
+
+    def git(*arguments: str) -> str:
+        command = [
+            "git",
+            *arguments,
+            "--",
+            ".",
+            *(f":!{path}" for path in ("benchmarks/results", "docs", "README.md")),
+        ]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("log", "-1", "--format=%h") + ("-dirty" if changed else "")
 
 
 def _processor() -> str:

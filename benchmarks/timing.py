@@ -1,12 +1,15 @@
 """Contenders timed in turns, and how sure their medians are.
 
 Machines have other users, clocks and temperatures change: what ran a second later is compared, in ratios within a
-round, and the order is turned round from one round to the next. A median's interval is between two of its own
-measurements, at ranks that hold it in 95 % of cases whatever the distribution.
+round. Caches and the heap are as the one before left them: the order is drawn anew each round, the same each time that
+it is run, so that everyone comes after everyone else and never after itself. A median's interval is between two of its
+own measurements, at ranks that hold it in 95 % of cases whatever the distribution, if rounds are independent; a machine
+that grows slower meanwhile makes it too narrow.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,23 +54,28 @@ def in_turns(
     """What each contender says that it took, by rounds.
 
     Args:
-        seconds: about how long all of it may take. A third at most goes to warming up; then there are three rounds
-            at least, but fewer if these have taken twice the time there is.
+        seconds: about how long all of it may take. Warming up starts no round after a third of it; then there are
+            three rounds at least, but fewer if these have taken twice the time there is.
         warm_up: rounds that do not count, at most.
         most: rounds that count, at most.
     """
     started = time.perf_counter()
     for _ in range(warm_up):
-        for run in contenders.values():
-            if time.perf_counter() - started < seconds / 3:
+        if time.perf_counter() - started < seconds / 3:
+            for run in contenders.values():
                 run()
     taken: dict[str, list[float]] = {name: [] for name in contenders}
+    names, shuffler, last = list(contenders), random.Random(0), ""
     for done in range(most):
         spent = time.perf_counter() - started
         if done and spent > seconds and (done >= LEAST_ROUNDS or spent > 2 * seconds):
             break
-        for name in contenders if done % 2 == 0 else reversed(list(contenders)):
+        shuffler.shuffle(names)
+        while names[0] == last and len(names) > 1:
+            shuffler.shuffle(names)
+        for name in names:
             taken[name].append(contenders[name]())
+        last = names[-1]
     return taken
 
 

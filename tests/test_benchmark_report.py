@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import record
+from benchmarks.floor.tables import PARTS
 from benchmarks.report import __main__ as command
 from benchmarks.report import readme
 from benchmarks.timing import summary
@@ -48,7 +49,12 @@ def case(name: str, block: float, head: float) -> dict[str, Any]:
     found = {
         "name": name,
         "shape": name,
-        "gate": {"errors": BOTH, "limit": 1e-4, "contraction_errors": {"block": 2e-7, "head": 3e-7}}
+        "gate": {
+            "errors": BOTH,
+            "alone_errors": BOTH,
+            "limit": 1e-5,
+            "contraction_errors": {"block": 2e-7, "head": 3e-7},
+        }
         | {"contraction_limit": 1e-5, "passed": True},
         "bare": {"seconds": rounds(1.0), "bytes": 100},
         "block": level(block, 1.05, "copy"),
@@ -67,7 +73,15 @@ def wrong(name: str) -> dict[str, Any]:
 
 FLOOR = {
     "environment": ENVIRONMENT,
-    "settings": {"quick": False, "device": "CPU", "threads": 2, "minutes": 1},
+    "complete": True,
+    "settings": {
+        "quick": False,
+        "device": "CPU",
+        "threads": 2,
+        "minutes": 1,
+        "only": [],
+        "parts": list(PARTS),
+    },
     "cases": [
         case("kept", 1.02, 1.2),
         case("missed", 1.02, 1.4),
@@ -144,7 +158,7 @@ def test_a_missed_target_is_said_with_what_the_time_went_to(written: Any) -> Non
     page = (written(floor=FLOOR) / "benchmarks.md").read_text()
     assert "block level, at most 1.05× wanted: 2 of 2 cases" in page
     assert (
-        "head level, at most 1.30× wanted: 1 of 2 cases of 256 tokens or more keep it; over it: missed."
+        "head level, at most 1.30× wanted: 1 of 2 cases of 256 tokens or more keep it; missed: missed."
         in page
     )
     assert "| `aten::culprit` | 2,000 | +7 |" in page
@@ -157,7 +171,17 @@ def test_what_was_wrong_is_not_drawn(written: Any) -> None:
     folder = written(
         floor=FLOOR | {"cases": [wrong("spoilt")]}, peers=PEERS | {"comparisons": PEERS["comparisons"][1:]}
     )
-    assert "](benchmarks/" not in (folder / "benchmarks.md").read_text()
+    assert "![" not in (folder / "benchmarks.md").read_text()
+
+
+def test_a_run_that_was_cut_off_or_of_a_part_says_so(written: Any) -> None:
+    settings = FLOOR["settings"] | {"only": ["narrow"], "parts": ["passes"]}
+    page = (written(floor=FLOOR | {"complete": False, "settings": settings}) / "benchmarks.md").read_text()
+    assert (
+        "Not of a whole run: the run was cut off; only cases with narrow were run; not run: yardstick, "
+        in page
+    )
+    assert "Not of a whole run" not in (written(floor=FLOOR) / "benchmarks.md").read_text()
 
 
 def test_the_same_records_give_the_same_bytes(written: Any) -> None:
@@ -174,10 +198,10 @@ def test_the_readme_is_changed_between_its_marks_alone(written: Any) -> None:
     assert text.startswith("before\n<!-- benchmarks -->\n![")
     assert text.endswith("\n<!-- end -->\nafter\n")
     assert (
-        "head level ÷ bare forward + activation backward, 2 models and batches | 1.20 to 1.41× (most: missed)"
-        in text
+        "head level ÷ bare forward + activation backward, 2 models and batches (2 more failed) | 1.20 to 1.41× "
+        "(most: missed)" in text
     )
-    assert "fine 12.0×" in text
+    assert "fine 12.0×; failed: gone" in text
     assert "spoilt" not in text
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import weakref
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,8 @@ from benchmarks import record
 from benchmarks.floor import __main__ as command
 from benchmarks.floor import host, passes
 from benchmarks.floor.shapes import SHAPES, Case, Shape, cases, in_float64
-from benchmarks.floor.tables import host_lines, passes_table
-from benchmarks.timing import in_turns, interval, ratios
+from benchmarks.floor.tables import host_lines, passes_table, verdict
+from benchmarks.timing import in_turns, interval, ratios, summary
 from eaptk import Graph, attribute
 
 TINY = {"tiny": Shape("qwen2", 3, 64, (4, 2), 96), "tiny gpt2": Shape("gpt2", 3, 64, (4, 4), 96)}
@@ -33,16 +35,32 @@ def tiny_shapes() -> Any:
         yield
 
 
-def test_contenders_take_turns_each_leading_every_other_round() -> None:
+def turns(names: str, **arguments: Any) -> tuple[str, dict[str, list[float]]]:
+    """Who ran, in order, and what in_turns made of each saying its place in it."""
     order: list[str] = []
 
     def run(name: str) -> float:
         order.append(name)
         return float(len(order))
 
-    taken = in_turns({name: lambda name=name: run(name) for name in "ab"}, 60, warm_up=1, most=3)
-    assert "".join(order) == "ababbaab"
-    assert taken == {"a": [3, 6, 7], "b": [4, 5, 8]}
+    taken = in_turns({name: lambda name=name: run(name) for name in names}, 60, **arguments)
+    return "".join(order), taken
+
+
+def test_contenders_take_turns_and_warm_up_does_not_count() -> None:
+    order, taken = turns("ab", warm_up=1, most=3)
+    assert order[:2] == "ab"
+    assert [sorted(order[i : i + 2]) for i in (2, 4, 6)] == [["a", "b"]] * 3
+    assert [each - 1 for each in taken["a"]] == [i for i, name in enumerate(order) if name == "a" and i > 1]
+
+
+def test_everyone_comes_after_everyone_else_and_never_after_itself() -> None:
+    order, _ = turns("abc", warm_up=0, most=25)
+    followed = [order[i : i + 2] for i in range(len(order) - 1)]
+    for pair in ("ab", "ac", "ba", "bc", "ca", "cb"):
+        assert followed.count(pair) >= 6
+    assert not {"aa", "bb", "cc"} & set(followed)
+    assert order == turns("abc", warm_up=0, most=25)[0]
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0, 1), (1000, 25)])
@@ -124,7 +142,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 def test_a_case_that_is_right_is_measured(whole_run: tuple[dict[str, Any], str]) -> None:
     (found,) = [case for case in whole_run[0]["cases"] if case["name"] == CASE.name]
     assert found["gate"]["passed"]
-    assert max(found["gate"]["errors"].values()) < 1e-4
+    for kind in ("errors", "alone_errors", "contraction_errors"):
+        assert max(found["gate"][kind].values()) < 1e-5
     for level in passes.LEVELS:
         assert 0.8 < found[level]["ratio"]["median"] < 10
         assert 1 < found[level]["flop_ratio"] <= found[level]["flop_ratio_full_depth"]
@@ -145,7 +164,7 @@ def test_a_case_with_wrong_scores_is_not_timed(whole_run: tuple[dict[str, Any], 
     found = whole_run[0]["cases"][1]
     assert not found["gate"]["passed"]
     assert "block" not in found
-    assert "from float64 (limit 1e-06)" in whole_run[1]
+    assert "(limit 1e-06)" in whole_run[1]
 
 
 def test_a_case_that_cannot_be_run_is_reported_and_not_dropped(whole_run: tuple[dict[str, Any], str]) -> None:
@@ -153,6 +172,36 @@ def test_a_case_that_cannot_be_run_is_reported_and_not_dropped(whole_run: tuple[
     assert set(found) == {"name", "error"}
     assert "1×1,099,511,627,776" in whole_run[1]
     assert len(passes_table(whole_run[0]).rows) == 4
+
+
+def test_a_run_says_what_it_was_asked_for_and_that_it_came_to_its_end(
+    whole_run: tuple[dict[str, Any], str],
+) -> None:
+    assert whole_run[0]["complete"]
+    assert whole_run[0]["settings"]["parts"] == ["passes", "starting"]
+
+
+def test_a_model_is_let_go_of_when_its_case_is_done() -> None:
+    case = replace(CASE)
+    model = weakref.ref(case.model)
+    case.free()
+    gc.collect()
+    assert model() is None
+
+
+def test_a_pass_written_by_hand_is_the_bare_pass() -> None:
+    found = passes.yardstick(replace(CASE), 0.5)
+    assert found["case"] == CASE.name
+    assert 0.3 < found["ratio"]["median"] < 3
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [([1.0] * 9, "kept"), ([1.2] * 9, "missed"), ([1.0, 1.2] * 5, "undecided"), ([1.0, 1.2], "undecided")],
+)
+def test_a_target_is_kept_or_missed_only_by_the_whole_interval(rounds: list[float], said: str) -> None:
+    assert verdict({"target": 1.05, "ratio": summary(rounds)}) == said
+    assert verdict({"target": None, "ratio": summary(rounds)}) is None
 
 
 def test_the_store_writes_what_the_plain_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,11 @@ from rich.console import Console
 from benchmarks import record
 from benchmarks.console import wide_console
 from benchmarks.floor import host
-from benchmarks.floor.passes import measure
-from benchmarks.floor.shapes import DEVICE, cases
-from benchmarks.floor.tables import host_table, passes_table
+from benchmarks.floor.passes import measure, yardstick
+from benchmarks.floor.shapes import DEVICE, Case, cases
+from benchmarks.floor.tables import PARTS, host_table, passes_table
+from eaptk.errors import EaptkError
 
-PARTS = ("passes", "storing", "sweeping", "starting")
 #: Of the minutes, what goes to cases; the others are short.
 SHARE_OF_CASES = 0.8
 
@@ -34,8 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
         "threads": options.threads,
         "minutes": options.minutes,
+        "only": options.only,
+        "parts": options.parts,
     }
-    result: dict[str, Any] = {"settings": settings, "cases": []}
+    result: dict[str, Any] = {
+        "environment": record.environment(),
+        "complete": False,
+        "settings": settings,
+        "cases": [],
+    }
     chosen = [case for case in cases(options.quick) if all(word in case.name for word in options.only)]
     for number, case in enumerate(chosen if "passes" in options.parts else []):
         left = seconds * SHARE_OF_CASES - (time.perf_counter() - started)
@@ -43,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["cases"].append(_measured(case, max(5.0, left / (len(chosen) - number))))
         record.write("floor", result, options.quick)  # a run that is cut off has what it found
         gc.collect()
+    if "yardstick" in options.parts:
+        console.print("the bare pass beside one written by hand")
+        result["yardstick"] = yardstick(next(iter(cases(options.quick))), 10 if options.quick else 40)
     if "storing" in options.parts:
         console.print("the store beside plain writes")
         result["storing"] = host.storing(50 if options.quick else 500, 5 if options.quick else 30)
@@ -52,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "starting" in options.parts:
         console.print("starting up")
         result["starting"] = host.starting(10 if options.quick else 40)
+    result["complete"] = True
     path = record.write("floor", result, options.quick)
     out = wide_console()
     for table in (passes_table(result), host_table(result)):
@@ -61,13 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{minutes:.1f} minutes; written to {Path(path).relative_to(record.ROOT)}")
 
 
-def _measured(case: Any, seconds: float) -> dict[str, Any]:
+def _measured(case: Case, seconds: float) -> dict[str, Any]:
     try:
         return measure(case, seconds)
-    except (RuntimeError, MemoryError) as error:  # PyTorch's own of too little memory are RuntimeErrors
+    except (
+        RuntimeError,
+        MemoryError,
+        EaptkError,
+    ) as error:  # PyTorch's own of too little memory are RuntimeErrors
         lines = str(error).splitlines() or [""]
         return {"name": case.name, "error": f"{type(error).__name__}: {lines[0]}"}
     finally:
+        case.free()
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
 

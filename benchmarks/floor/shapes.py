@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.exact import float64_throughout
 from eaptk import Batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,6 +113,10 @@ class Case:
                 module.weight /= (module.nx if isinstance(module, Conv1D) else module.in_features) ** 0.5
         return model
 
+    def free(self) -> None:
+        """Let go of the model."""
+        vars(self).pop("model", None)
+
     def batch(self, n_samples: int | None = None, n_tokens: int | None = None) -> Batch:
         """Random tokens, all but the first of each sample with loss.
 
@@ -130,7 +135,8 @@ def in_float64(model: torch.nn.Module) -> Iterator[None]:
     try:
         for parameter in before:
             parameter.data = parameter.data.double()
-        yield
+        with float64_throughout(model):
+            yield
     finally:
         for parameter, dtype in before.items():
             parameter.data = parameter.data.to(dtype)

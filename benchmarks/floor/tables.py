@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
 from benchmarks.floor.passes import LEVELS
 
+#: Of a run.
+PARTS = ("passes", "yardstick", "storing", "sweeping", "starting")
+#: Of ratios.
+COLOURS = {"kept": "default", "missed": "red", "undecided": "yellow", None: "default"}
 #: In which a fault of a case is shown, in place of figures.
 FAULT = "[red]{}[/]"
 
@@ -18,7 +22,8 @@ def passes_table(result: dict[str, Any]) -> Table:
     table = Table(
         title="Attribution beside the bare forward and backward pass, "
         f"{settings['device']}, {settings['threads']} threads",
-        caption="Ratio: median over rounds, and between which two rounds the median lies (95 %; – of too few). FLOPs: "
+        caption="Ratio: median over rounds, and between which two rounds the median lies (95 %; – of too few). Red: "
+        "over its target; yellow: it lies within the interval, or within the rounds if they are too few. FLOPs: "
         "what the ratio would be if all of them took the same time, here and at the published depth. Contraction: "
         "milliseconds, and its rate as a share of copying memory (block) or of a matrix product (head).",
     )
@@ -37,7 +42,7 @@ def passes_table(result: dict[str, Any]) -> Table:
                 case["name"] if first else "",
                 f"{case['bare']['seconds']['median'] * 1e3:.0f}" if first else "",
                 level,
-                f"[{'red' if is_over(found) else 'default'}]{found['ratio']['median']:.3f}[/]",
+                f"[{COLOURS[verdict(found)]}]{found['ratio']['median']:.3f}[/]",
                 interval_text(found["ratio"]),
                 "" if target is None else f"≤ {target:.2f}",
                 f"{found['flop_ratio']:.3f}",
@@ -50,9 +55,20 @@ def passes_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def is_over(found: dict[str, Any]) -> bool:
-    """Whether a level's ratio is over its target, if it has one."""
-    return bool(found["target"] and found["ratio"]["median"] > found["target"])
+def verdict(found: dict[str, Any]) -> Literal["kept", "missed", "undecided"] | None:
+    """Of a level's ratio, by its interval, or by all rounds if they are too few for one; None without a target."""
+    if not found["target"]:
+        return None
+    low, high = bounds(found["ratio"])
+    if high <= found["target"]:
+        return "kept"
+    return "missed" if low > found["target"] else "undecided"
+
+
+def bounds(found: dict[str, Any]) -> tuple[float, float]:
+    """Of a summary: the median's interval, or the least and the most if rounds are too few for one."""
+    low, high = found["interval"] or (min(found["each"]), max(found["each"]))
+    return low, high
 
 
 def fault_of(part: dict[str, Any]) -> str | None:
@@ -65,7 +81,8 @@ def fault_of(part: dict[str, Any]) -> str | None:
     if "errors" not in gate:
         return "results are wrong: nothing is shown"
     return (
-        f"scores are {max(gate['errors'].values()):.1e} from float64 (limit {gate['limit']:g}), the contraction "
+        f"scores are {max(gate['errors'].values()):.1e} from float64, {max(gate['alone_errors'].values()):.1e} from "
+        f"those of the sample alone (limit {gate['limit']:g}), the contraction "
         f"{max(gate['contraction_errors'].values()):.1e} ({gate['contraction_limit']:g}): nothing is timed"
     )
 
@@ -116,6 +133,15 @@ def host_lines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
                 what,
                 f"{speed['sweep']:.1f} GB/s",
                 f"{speed['read and sum']:.1f} GB/s of reading and summing; {sweeping['times_the_twin']:.0f}× numpy",
+            )
+        )
+    if yardstick := result.get("yardstick"):
+        ratio = yardstick["ratio"]
+        lines.append(
+            (
+                "the bare pass as one writes it by hand",
+                f"{ratio['median']:.2f}× the time of the one here ({interval_text(ratio, 2)})",
+                yardstick["case"],
             )
         )
     starting = result.get("starting", {})

@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    environment = record.environment()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pieces.json"
         failed = pytest.main(
@@ -55,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = json.loads(path.read_text())["benchmarks"]
     pieces = {each["name"].removeprefix("test_"): _piece(each) for each in found}
     Console().print(_table(pieces))
-    written = record.write("micro", {"quick": options.quick, "pieces": pieces}, options.quick)
+    result = {
+        "environment": environment,
+        "quick": options.quick,
+        "threads": options.threads,
+        "pieces": pieces,
+    }
+    written = record.write("micro", result, options.quick)
     print(f"written to {written.relative_to(record.ROOT)}")
     return 0
 

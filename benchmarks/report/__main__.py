@@ -85,7 +85,7 @@ def page(records: dict[str, Any], drawn: dict[str, str]) -> str:
         "`python -m benchmarks.compare A B` says what changed between two commits, folders or records beyond noise.",
         _machines(records),
         "## Against the floor",
-        floor.section(records["floor"], drawn.get("floor", "")) if "floor" in records else _absent("floor"),
+        floor.section(records["floor"], drawn.get("floor")) if "floor" in records else _absent("floor"),
         "## Against peers",
     ]
     exact = [
@@ -104,8 +104,8 @@ def page(records: dict[str, Any], drawn: dict[str, str]) -> str:
         parts.append(_absent("peers"))
     if "floor" in records:
         exact += [
-            "Of eaptk, 24 tokens of every case above; and of its contraction alone, to that of the same operands in "
-            "float64:",
+            "Of eaptk, 24 tokens of every case above; and of its contraction alone, of the whole batch, to that of the "
+            "same operands in float64:",
             floor.exactness(records["floor"]),
         ]
     parts += [

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.floor.passes import LEVELS
+from benchmarks.floor.tables import bounds
 from benchmarks.report.floor import right
 from benchmarks.report.peers import timed
 from eaptk.figures import INK, STYLE
@@ -29,10 +30,17 @@ def floor_figure(cases: list[dict[str, Any]]) -> Figure:
     for axes, level in zip(panels, LEVELS, strict=True):
         found = [case[level] for case in shown]
         for place, each in zip(places, found, strict=True):
-            low, high = each["ratio"]["interval"] or (min(each["ratio"]["each"]), max(each["ratio"]["each"]))
-            axes.plot([low, high], [place, place], color=COLOURS[level], lw=2.5, alpha=0.45)
+            style = "-" if each["ratio"]["interval"] else ":"
+            axes.plot(bounds(each["ratio"]), [place, place], style, color=COLOURS[level], lw=2.5, alpha=0.45)
         medians = [each["ratio"]["median"] for each in found]
-        axes.plot(medians, places, "o", color=COLOURS[level], ms=5, label="measured: median, interval")
+        axes.plot(
+            medians,
+            places,
+            "o",
+            color=COLOURS[level],
+            ms=5,
+            label="measured: median, interval (dotted: all of too few rounds)",
+        )
         by_flops = [each["flop_ratio"] for each in found]
         axes.plot(by_flops, places, "|", color=INK, ms=9, label="by FLOPs alone")
         title = f"{level} level"

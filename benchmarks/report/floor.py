@@ -4,38 +4,51 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.floor.passes import LEVELS
-from benchmarks.floor.tables import fault_of, host_lines, interval_text, is_over
+from benchmarks.floor.passes import LEAST_TOKENS, LEVELS
+from benchmarks.floor.tables import PARTS, bounds, fault_of, host_lines, interval_text, verdict
 from benchmarks.report.markdown import error, share, table
 
 COMMAND = "python -m benchmarks.floor"
 
 
-def section(record: dict[str, Any], figure: str) -> str:
-    """Markdown of one record, whose figure is there."""
+def section(record: dict[str, Any], figure: str | None) -> str:
+    """Markdown of one record, and of its figure if it has one."""
     settings = record["settings"]
     device = "" if settings["device"] == "CPU" else f" on an {settings['device']}"
     return "\n\n".join(
         [
+            *_gaps(record),
             f"`{COMMAND}`. What a batch takes beside the forward pass and the backward pass to activations alone of "
             f"the same batch{device}, {settings['threads']} threads, in turns, in one process. A ratio is the median "
             "over rounds of ratios within a round, with the interval that holds it in 95 % of cases (–: too few "
-            "rounds). Weights are random, widths and heads those of the published models; depth and vocabulary are cut "
-            "to what this machine does in seconds. *By FLOPs* is what the ratio would be if all FLOPs took the same "
-            "time: of the model as measured, and at its published depth, as head level's contraction grows with the "
-            "square of the depth. Before anything was timed, scores were held against those of the same weights in "
-            "float64.",
-            f"![Ratio to the bare passes, by case and level, with targets]({figure})",
+            "rounds). A target is kept or missed if the whole interval keeps or misses it, else undecided. Weights are "
+            "random, widths and heads those of the published models; the vocabulary is cut to 8,192, and the depth to "
+            "what a machine does in seconds, as each case says. *By FLOPs* is what the ratio would be if all FLOPs "
+            "took the same time: of the model as measured, and at its published depth, as head level's contraction "
+            "grows with the square of the depth. Before anything was timed, scores of a sample's first tokens were "
+            "held against those of the same weights in float64, the contraction of the whole batch against that of "
+            "the same operands in float64, and the first sample's row against that of the sample alone.",
+            *([f"![Ratio to the bare passes, by case and level, with targets]({figure})"] if figure else []),
             _ratios(record["cases"]),
             _verdict(record["cases"]),
             "### Where the time goes\n\nThe contraction by itself, on the same operands: at block level beside a copy "
-            "in memory (it reads operands), at head level beside a square matrix product in float32 (it multiplies "
-            "them). The rest above the bare passes is hooks, views and rows.",
+            "in memory (it reads operands), at head level beside a square matrix product (it multiplies them). The "
+            "rest above the bare passes is hooks, views and rows; – where it is less than the ratio's interval tells.",
             _contractions(record["cases"]),
             *_profiles(record["cases"]),
             "### Rows and processes\n\n" + _host(record),
         ]
     )
+
+
+def _gaps(record: dict[str, Any]) -> list[str]:
+    """What the record lacks, if it is not of a whole run."""
+    settings = record["settings"]
+    gaps = [] if record["complete"] else ["the run was cut off"]
+    gaps += [f"only cases with {' and '.join(settings['only'])} were run"] if settings["only"] else []
+    left = [part for part in PARTS if part not in settings["parts"]]
+    gaps += [f"not run: {', '.join(left)}"] if left else []
+    return [f"**Not of a whole run: {'; '.join(gaps)}.**"] if gaps else []
 
 
 def right(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,13 +76,9 @@ def _ratios(cases: list[dict[str, Any]]) -> str:
     return table(headings, rows)
 
 
-def missed(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    """Cases and levels whose median is over the target."""
-    return [(case, level) for case in right(cases) for level in LEVELS if is_over(case[level])]
-
-
 def _marked(found: dict[str, Any]) -> str:
-    return f"**{found['ratio']['median']:.2f}**" + (" (over)" if is_over(found) else "")
+    said = verdict(found)
+    return f"**{found['ratio']['median']:.2f}**" + (f" ({said})" if said not in (None, "kept") else "")
 
 
 def _verdict(cases: list[dict[str, Any]]) -> str:
@@ -78,14 +87,14 @@ def _verdict(cases: list[dict[str, Any]]) -> str:
         judged = [case for case in right(cases) if case[level]["target"]]
         if not judged:
             continue
-        target = judged[0][level]["target"]
-        over = [case for case, of in missed(cases) if of == level]
-        lines.append(
-            f"- {level} level, at most {target:.2f}× wanted: {len(judged) - len(over)} of {len(judged)} cases of 256 "
-            "tokens or more keep it"
-            + (f"; over it: {'; '.join(case['name'] for case in over)}" if over else "")
-            + "."
-        )
+        by_verdict: dict[str, list[str]] = {"kept": [], "undecided": [], "missed": []}
+        for case in judged:
+            by_verdict[verdict(case[level]) or ""].append(case["name"])
+        line = f"- {level} level, at most {judged[0][level]['target']:.2f}× wanted: {len(by_verdict['kept'])} of "
+        line += f"{len(judged)} cases of {LEAST_TOKENS} tokens or more keep it"
+        for said in ("undecided", "missed"):
+            line += f"; {said}: {', '.join(by_verdict[said])}" if by_verdict[said] else ""
+        lines.append(line + ".")
     return "\n".join(lines)
 
 
@@ -94,15 +103,18 @@ def _contractions(cases: list[dict[str, Any]]) -> str:
     for case in right(cases):
         for level in LEVELS:
             found, contraction = case[level], case[level]["contraction"]
-            above = found["seconds"]["median"] - case["bare"]["seconds"]["median"]
+            bare, ratio = case["bare"]["seconds"]["median"], found["ratio"]
+            above = (ratio["median"] - 1) * bare
+            low, high = bounds(ratio)
             rest = above - contraction["seconds"]["median"]
+            told = abs(rest) > (high - low) / 2 * bare
             unit = "GB/s" if contraction["of"] == "copy" else "GFLOP/s"
             rows.append(
                 [
                     f"{case['name']}: {level}",
                     f"{above * 1e3:.1f}",
                     f"{contraction['seconds']['median'] * 1e3:.1f}",
-                    f"{rest * 1e3:.1f}",
+                    f"{rest * 1e3:.1f}" if told else "–",
                     f"{share(contraction['share']['median'])} of {contraction['best'] / 1e9:.0f} {unit}",
                     f"{found['bytes_above_bare'] / 1e6:.1f}",
                 ]
@@ -111,16 +123,17 @@ def _contractions(cases: list[dict[str, Any]]) -> str:
 
 
 def _profiles(cases: list[dict[str, Any]]) -> list[str]:
-    """One table for each target that was missed."""
+    """One table for each median over its target."""
     found = []
-    for case, level in missed(cases):
+    over = [(case, level) for case in right(cases) for level in LEVELS if "profile" in case[level]]
+    for case, level in over:
         rows = [
             [f"`{line['operator']}`", f"{line['seconds'] * 1e6:,.0f}", f"{line['calls']:+,}"]
             for line in case[level]["profile"]
         ]
         found.append(
-            f"**{case['name']}, {level} level** is over its target. Operators, by microseconds of one profiled pass "
-            "above those of the bare passes (profiling itself slows down what has many calls):\n\n"
+            f"**{case['name']}, {level} level**: the median is over the target. Operators, by microseconds of one "
+            "profiled pass above those of the bare passes (profiling itself slows down what has many calls):\n\n"
             + table(["operator", "µs above bare", "calls"], rows)
         )
     return found

@@ -29,7 +29,7 @@ def update(path: Path, region: str) -> None:
 
 def region(records: dict[str, Any], figure: str | None) -> str:
     """Markdown of what there are records of."""
-    lines = [f"![eaptk beside its peers: time and memory]({figure})\n"] if figure else []
+    lines = [f"![eaptk beside the bare passes or its peers]({figure})\n"] if figure else []
     rows = [*_floor(records.get("floor")), *_peers(records.get("peers"))]
     return "\n".join([*lines, table(["", "measured", "command"], rows)])
 
@@ -46,6 +46,8 @@ def _floor(record: dict[str, Any] | None) -> list[list[str]]:
         ratios = sorted((case[level]["ratio"]["median"], case["name"]) for case in judged)
         (low, _), (high, name) = ratios[0], ratios[-1]
         what = f"{level} level ÷ bare forward + activation backward, {len(judged)} models and batches"
+        if len(cases) < len(record["cases"]):
+            what += f" ({len(record['cases']) - len(cases)} more failed)"
         rows.append([what, f"{low:.2f} to {high:.2f}× (most: {name})", "`python -m benchmarks.floor`"])
     narrow = [case for case in cases if case["shape"] == "Qwen2, narrow"]
     if narrow:
@@ -86,6 +88,7 @@ def _peers(record: dict[str, Any] | None) -> list[list[str]]:
     rows = []
     for shape in record["shapes"]:
         of_shape = timed([each for each in record["comparisons"] if each["shape"] == shape])
+        failed = [each for each in record["comparisons"] if each["shape"] == shape and each not in of_shape]
         for level in ("head", "block"):
             found = [each for each in of_shape if each["form"]["granularity"] == level]
             if not found:
@@ -94,6 +97,8 @@ def _peers(record: dict[str, Any] | None) -> list[list[str]]:
                 f"{each['peer'].removesuffix('-block')} {each['seconds']['ratio']['peer / eaptk']['median']:.1f}×"
                 for each in found
             )
+            lost = [each["peer"] for each in failed if each["form"]["granularity"] == level]
+            times += f"; failed: {', '.join(lost)}" if lost else ""
             tokens = record["settings"]["tokens"]
             what = f"peers ÷ eaptk, {level} level, {shape}, {tokens} tokens"
             rows.append([what, times, "`python -m benchmarks.peers`"])
