@@ -25,7 +25,7 @@ SAME = 1e-4
 DTYPES = ("float32", "bfloat16", "float16")
 #: Few: PyTorch's products in float16 on a CPU are 50 times slower than in float32 where the weights lie as GPT-2's do.
 ACCURACY_TOKENS = 16
-#: Rounds before the clock counts; the peer has had one, when its scores were checked.
+#: Rounds before the clock counts.
 WARM_UP = 3
 MOST_ROUNDS = 11
 OWN_PATH = (ROOT,)
@@ -187,11 +187,8 @@ def _seconds(bench: Bench, theirs: Tool, folder: Path, form: Form) -> dict[str, 
     tokens = bench.settings.tokens
     for tool in contenders.values():
         tool.load(folder, "float32", form)
-    for _ in range(WARM_UP):
-        for tool in (bench.eaptk, bench.bare):
-            tool.score(tokens)
     runs = {name: partial(tool.score, tokens) for name, tool in contenders.items()}
-    seconds = in_turns(runs, bench.settings.seconds, warm_up=0, most=MOST_ROUNDS)
+    seconds = in_turns(runs, bench.settings.seconds, warm_up=WARM_UP, most=MOST_ROUNDS)
     return {"each": seconds, **summary(seconds)}
 
 

@@ -1,8 +1,9 @@
-"""nnsight: a trace that reads what plain edge attribution patching needs, and the definition written out.
+"""nnsight: two traces that read what plain edge attribution patching needs, and the definition written out.
 
 Kept from the scripts: what sources write on the corrupted prompt minus on the clean one is one tensor
-[B, T, n_sources, D], and every destination group has its gradients at full width and one einsum. The trace reads
-gradients where projections write, narrow, and changes nothing in the model.
+[B, T, n_sources, D], and every destination group has its gradients at full width and one einsum. A trace of the
+corrupted prompt adds to that tensor, the one that gradients are taken in subtracts from it; gradients are read where
+projections write, narrow, and nothing in the model is changed.
 """
 
 from __future__ import annotations
@@ -84,42 +85,51 @@ def load(folder: Path, dtype: torch.dtype, form: dict[str, Any]) -> Traced:
     return Traced(model.requires_grad_(False), by_head=form["granularity"] == "head")
 
 
-def written(traced: Traced, tokens: Tensor) -> Tensor:
-    """[B, T, n_sources, D]: what every source writes."""
-    with torch.no_grad(), traced.nnsight.trace(tokens):
-        parts = nnsight.save([traced.blocks[0].attention_norm.input[:, :, None]])
-        for index, block in enumerate(traced.blocks):
-            attention = block.attention_output
-            parts.append(
-                _heads(traced, attention.input, index) if traced.by_head else attention.output[:, :, None]
-            )
-            parts.append(block.mlp.output[:, :, None])
-    return torch.cat(list(parts), 2)
-
-
-def _heads(traced: Traced, z: Tensor, index: int) -> Tensor:
+def _attention(traced: Traced, index: int) -> Tensor:
+    """[B, T, n, D]: what the heads of a layer write, or all of them together."""
+    output = traced.blocks[index].attention_output
+    if not traced.by_head:
+        return output.output[:, :, None]
     weight = traced.weight_out[index].unflatten(0, (traced.n_heads, -1))
-    return torch.einsum("bthe,hed->bthd", z.unflatten(-1, (traced.n_heads, -1)), weight)
+    return torch.einsum("bthe,hed->bthd", output.input.detach().unflatten(-1, (traced.n_heads, -1)), weight)
+
+
+def _add(difference: Tensor, first: int, value: Tensor, sign: int) -> None:
+    difference[:, :, first : first + value.shape[2]].add_(value.detach(), alpha=sign)
 
 
 def score(traced: Traced, ids: Tensor, other: Tensor) -> Tensor:
     """[n_sources, n_destinations], summed over the batch."""
-    difference = written(traced, other) - written(traced, ids)
+    n_sources, n_destinations = map(len, traced.nodes())
+    per_layer = traced.n_heads + 1 if traced.by_head else 2
+    dtype = traced.weight_in[0][0].dtype
+    difference = torch.zeros(*ids.shape, n_sources, traced.width, dtype=dtype)
+    with torch.no_grad(), traced.nnsight.trace(other):
+        _add(difference, 0, traced.blocks[0].attention_norm.input[:, :, None], 1)
+        for index, block in enumerate(traced.blocks):
+            first = 1 + index * per_layer
+            _add(difference, first, _attention(traced, index), 1)
+            _add(difference, first + per_layer - 1, block.mlp.output[:, :, None], 1)
     with traced.nnsight.trace(ids):
         streams, outputs = nnsight.save([]), nnsight.save([])
         for index, block in enumerate(traced.blocks):
+            first = 1 + index * per_layer
             stream = block.attention_norm.input
-            streams.append(stream.requires_grad_() if index == 0 else stream)
+            if index == 0:
+                stream.requires_grad_()
+                _add(difference, 0, stream[:, :, None], -1)
+            streams.append(stream)
             outputs.extend([projection.output for projection in block.projections])
+            _add(difference, first, _attention(traced, index), -1)
             streams.append(block.mlp_norm.input)
             outputs.append(block.mlp_norm.output)
+            _add(difference, first + per_layer - 1, block.mlp.output[:, :, None], -1)
         streams.append(traced.final_norm.input)
         outputs.append(traced.final_norm.output)
         loss = scalar(traced.nnsight.output.logits, ids).save()
     gradients = list(torch.autograd.grad(loss, list(outputs)))
 
-    n_sources, n_destinations = map(len, traced.nodes())
-    scores = torch.zeros(n_sources, n_destinations, dtype=difference.dtype)
+    scores = torch.zeros(n_sources, n_destinations, dtype=dtype)
     column = 0
 
     def contract(norm: nn.Module, stream: Tensor, normed: Tensor, reach: int) -> None:
@@ -131,7 +141,6 @@ def score(traced: Traced, ids: Tensor, other: Tensor) -> Tensor:
         scores[:reach, column:last] = torch.einsum("btsd,btnd->sn", difference[:, :, :reach], read)
         column = last
 
-    per_layer = traced.n_heads + 1 if traced.by_head else 2
     for index in range(traced.n_layers):
         attention_norm, mlp_norm = traced.norms[index]
         reach = 1 + index * per_layer
