@@ -2,13 +2,24 @@
 
     python -m benchmarks.compare A B
 
-A and B are commits (their benchmarks/results/), folders of records, or one record each. A time, ratio or rate that was
-measured in rounds has changed if the intervals of its medians do not meet and the medians are more than 3 % apart; with
-too few rounds for an interval, if no round of one is within the rounds of the other. Bytes are counted: more than 1 %
-is a change. So is a relative error half as large again or two thirds, a gate that turned, an error that came or went.
+A and B are commits (their benchmarks/results/), folders of records, or one record each. What machines, versions,
+settings and peers' packages differ in is said first.
 
-Seconds compare the code only where machine and versions are the same, which is said first; ratios to what ran in turns
-are made to travel.
+A ratio to what ran in the same rounds is made to travel, and is better or worse if the intervals of its medians do not
+meet and the medians are further apart than 3 % and than those of the first and the last half of the rounds, on either
+side. Intervals take rounds for independent, which rounds of one process are not: what drifts within one record by more
+than it differs from the other has not been seen to change. What is the same all through one process and another in the
+next (where memory lies, say) is in no interval; only repeated records show it. Under six rounds there is no interval,
+and no verdict: such a ratio is named as undecided.
+
+Seconds and rates are of a machine on a day, its neighbours included: where they moved, by the same measure as far as
+there are rounds, is shown and is neither better nor worse. Nor is what is a peer's own.
+
+Bytes that an allocator has counted, batches and FLOPs change by more than 1 %. Resident memory is what the system
+gave, which in peers' records differs by up to 30 % from one measurement to the next: more than 25 % is a change there,
+and more than 5 % in benchmarks.memory's, whose lines are straight within 1.3 %. A relative error is another when it is
+half as large again or two thirds. A gate that turned and an error that came or went, in place of a figure too, always
+count; one error in place of another does not.
 """
 
 from __future__ import annotations
@@ -16,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,19 +35,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks import record
+from benchmarks.console import wide_console
+from benchmarks.timing import interval
 from eaptk.errors import EaptkError
 
 Records = dict[str, dict[str, Any]]
-Kind = Literal["measured", "bytes", "error", "verdict"]
-LEAST = {"measured": 0.03, "bytes": 0.01, "error": 0.5}
-#: What is the better the larger it is: shares of the machine's best, and how much slower a peer is.
-_MORE_IS_BETTER = ("share", "peer / eaptk", "peer / bare")
-_BYTES = ("bytes", "bytes_above_bare")
-_ERRORS = ("errors", "contraction_errors", "accuracy")
+Kind = Literal["ratio", "seconds", "counted", "resident", "peak", "error", "failure"]
+Verdict = Literal["same", "better", "worse", "moved", "undecided"]
+#: What two figures differ by at least where they are said to.
+LEAST = {"ratio": 0.03, "seconds": 0.03, "counted": 0.01, "resident": 0.25, "peak": 0.05, "error": 0.5}
+#: Most names of what there is no verdict on.
+MOST_NAMED = 8
+_MORE_IS_BETTER = ("share", "processor_share", "share_of_reading", "times_the_twin", "peer / eaptk")
+_RATIOS = ("ratio", *_MORE_IS_BETTER)
+_COUNTED = ("bytes", "bytes_above_bare", "batches", "flop_ratio", "flop_ratio_full_depth")
+_ERRORS = ("errors", "alone_errors", "contraction_errors", "accuracy")
+_CLOCKS = ("seconds", "gigabytes_per_second", "best", "starting")
+#: Whose numbers are no work of this code's: a peer's, and those by which its scores are held to be the same.
+_PEERS_OWN = ("peer", "peer / bare", "check")
+#: What a record says of how it was made, and how it is called in a line; "environments" is beside these.
+_MADE = {"environment": "", "settings": "", "selection": "selection", "shape": "shape", "shapes": ""}
+#: Medians are of what is beside them.
+_NO_FIGURES = (*_MADE, "packages", "install_seconds", "profile", "median")
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,8 @@ class Value:
     """One figure of a record.
 
     Args:
-        rounds: of what was measured in rounds.
+        value: of a failure, in words what it is, or None where all is well.
+        rounds: of what was measured in rounds, in their order.
         interval: of their median.
     """
 
@@ -58,7 +84,24 @@ class Change:
     name: str
     before: Any
     after: Any
-    better: bool
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Args:
+    changes: figures that differ, undecided ones included.
+    same: how many do not.
+    only_before, only_after: names of figures that one side alone has, but not where a failure says why.
+    """
+
+    changes: list[Change]
+    same: int
+    only_before: list[str]
+    only_after: list[str]
+
+    def having(self, verdict: Verdict) -> list[Change]:
+        return [change for change in self.changes if change.verdict == verdict]
 
 
 def load(where: str) -> Records:
@@ -85,84 +128,142 @@ def load(where: str) -> Records:
 
 def values(name: str, found: Any) -> Iterator[tuple[str, Value]]:
     """Every figure in a record that can be compared, by a name that says where it stands."""
+    kind = _kind(name.split(": "))
     if isinstance(found, dict):
-        if "median" in found and "each" in found and isinstance(found["each"], list):
-            interval = tuple(found["interval"]) if found["interval"] else None
-            yield name, Value("measured", found["median"], tuple(found["each"]), interval)
+        if "median" in found and isinstance(found.get("each"), list):
+            between = tuple(found["interval"]) if found["interval"] else None
+            yield name, Value(kind or "seconds", found["median"], tuple(found["each"]), between)
             return
         for key, value in found.items():
-            if key not in ("environment", "settings", "profile"):
+            rounds = _rounds(key, found)
+            if rounds:
+                yield f"{name}: {key}", _in_rounds("ratio", rounds)
+            elif key not in _NO_FIGURES:
                 yield from values(f"{name}: {key}", value)
     elif isinstance(found, list):
         for value in found:
             if isinstance(value, dict) and (called := _called(value)):
                 yield from values(f"{name}: {called}", value)
-        if found and all(isinstance(value, int) for value in found) and "bytes" in name:
-            yield name, Value("bytes", found[-1])
-    else:
-        yield from _single(name, found)
+        if found and kind and all(isinstance(value, (int, float)) for value in found):
+            yield name, _in_rounds(kind, found) if kind == "seconds" else Value(kind, found[-1])
+    elif kind == "failure":
+        fault = (None if found else "not passed") if isinstance(found, bool) else found
+        yield name, Value("failure", fault)
+    elif kind and isinstance(found, str):
+        yield name, Value("failure", found)
+    elif kind and isinstance(found, (int, float)):
+        yield name, Value(kind, found)
 
 
-def _single(name: str, found: Any) -> Iterator[tuple[str, Value]]:
-    parts = name.split(": ")
-    if isinstance(found, bool):
-        if parts[-1] == "passed":
-            yield name, Value("verdict", found)
-    elif parts[-1] == "error" and (found is None or isinstance(found, str)):
-        yield name, Value("verdict", found)
-    elif isinstance(found, (int, float)):
-        if parts[-1] in _BYTES:
-            yield name, Value("bytes", found)
-        elif any(part in _ERRORS for part in parts[:-1]):
-            yield name, Value("error", found)
+def _kind(parts: Sequence[str]) -> Kind | None:
+    last, above = parts[-1], parts[:-1]
+    if last in ("error", "passed"):
+        return "failure"
+    if "bytes" in above:
+        return "resident"
+    if last in _COUNTED:
+        return "peak" if parts[0] == "memory" else "counted"
+    if any(part in _ERRORS for part in above):
+        return "error"
+    if last in _RATIOS or "ratio" in above:
+        return "ratio"
+    is_clock = any(part in _CLOCKS for part in parts) or last.endswith(("_seconds", "_per_second"))
+    return "seconds" if is_clock else None
+
+
+def _rounds(key: str, found: dict[str, Any]) -> list[float]:
+    """Those that a ratio which is written as one number is of."""
+    if key == "share_of_reading":
+        reading, sweeping = found["seconds"]["read and sum"], found["seconds"]["sweep"]
+        return [a / b for a, b in zip(reading, sweeping, strict=True)]
+    several = found.get(f"{key}s")
+    return several if key in _RATIOS and isinstance(several, list) else []
+
+
+def _in_rounds(kind: Kind, rounds: Sequence[float]) -> Value:
+    between = interval(rounds)
+    return Value(
+        kind, statistics.median(rounds), tuple(rounds), (between[0], between[1]) if between else None
+    )
 
 
 def _called(found: dict[str, Any]) -> str | None:
     if "name" in found:
         return str(found["name"])
-    return f"{found['shape']}: {found['peer']}" if {"shape", "peer"} <= set(found) else None
+    if isinstance(found.get("peer"), str):
+        return f"{found['shape']}: {found['peer']}"
+    if {"samples", "budget"} <= set(found):
+        return f"{found['samples']} samples, budget {found['budget']}"
+    return found["rows"] if isinstance(found.get("rows"), str) else None
 
 
-def changes(before: Records, after: Records) -> tuple[list[Change], int, list[str]]:
-    """What changed, how many figures did not, and figures that only one side has."""
-    sides = [
+def compare(before: Records, after: Records) -> Comparison:
+    old, new = (
         dict(pair for name, found in side.items() for pair in values(name, found)) for side in (before, after)
+    )
+    _complete(old, new)
+    _complete(new, old)
+    shared = [name for name in old if name in new]
+    verdicts = {name: _verdict(name, old[name], new[name]) for name in shared}
+    changes = [
+        Change(name, old[name].value, new[name].value, verdict)
+        for name, verdict in verdicts.items()
+        if verdict != "same"
     ]
-    shared = [name for name in sides[0] if name in sides[1]]
-    found = [
-        Change(name, old.value, new.value, _is_better(name, old, new))
+    failing = tuple(
+        name.removesuffix("error")
         for name in shared
-        for old, new in [(sides[0][name], sides[1][name])]
-        if changed(old, new)
-    ]
-    alone = [name for name in (*sides[0], *sides[1]) if (name in sides[0]) != (name in sides[1])]
-    return found, len(shared) - len(found), alone
+        if old[name].value != new[name].value and _is_error(name)
+    )
+    only_before, only_after = (
+        [name for name in one if name not in other and not name.startswith(failing)]
+        for one, other in ((old, new), (new, old))
+    )
+    return Comparison(changes, len(shared) - len(changes), only_before, only_after)
 
 
-def changed(old: Value, new: Value) -> bool:
-    """Whether the two differ by more than noise."""
-    if old.kind == "verdict" or new.kind == "verdict":
-        return bool(old.value != new.value)
-    if old.value == new.value:
-        return False
-    if old.value <= 0 or new.value <= 0:
-        return True
-    apart = abs(math.log(new.value / old.value)) > math.log1p(LEAST[old.kind])
-    if old.kind != "measured":
-        return apart
-    (low, high), (other_low, other_high) = _range(old), _range(new)
-    return apart and (high < other_low or other_high < low)
+def _is_error(name: str) -> bool:
+    return name.endswith(": error")
 
 
-def _range(value: Value) -> tuple[float, float]:
-    return value.interval or (min(value.rounds), max(value.rounds))
+def _complete(some: dict[str, Value], other: dict[str, Value]) -> None:
+    """Some records name an error only where there is one: what the other side has without, went well there."""
+    for name in [name for name in some if _is_error(name) and name not in other]:
+        if any(each.startswith(name.removesuffix("error")) for each in other):
+            other[name] = Value("failure", None)
 
 
-def _is_better(name: str, old: Value, new: Value) -> bool:
-    if old.kind == "verdict":
-        return new.value is True or new.value is None
-    more = name.split(": ")[-1] in _MORE_IS_BETTER
-    return bool((new.value > old.value) == more)
+def _verdict(name: str, old: Value, new: Value) -> Verdict:
+    failed, fails = (side.kind == "failure" and side.value is not None for side in (old, new))
+    if failed or fails:
+        return "same" if failed and fails else "worse" if fails else "better"
+    if old.kind == "failure":
+        return "same"
+    least = max(math.log1p(LEAST[old.kind]), _drift(old.rounds), _drift(new.rounds))
+    if _apart(old.value, new.value) <= least:
+        return "same"
+    if old.interval and new.interval:
+        if old.interval[0] <= new.interval[1] and new.interval[0] <= old.interval[1]:
+            return "same"
+    elif old.kind == "ratio":
+        return "undecided"
+    parts = name.split(": ")
+    if old.kind == "seconds" or any(part in _PEERS_OWN for part in parts):
+        return "moved"
+    return "better" if (new.value > old.value) == (parts[-1] in _MORE_IS_BETTER) else "worse"
+
+
+def _apart(one: float, other: float) -> float:
+    """Logarithm of the ratio of the larger to the smaller."""
+    if one == other:
+        return 0.0
+    return abs(math.log(other / one)) if min(one, other) > 0 else math.inf
+
+
+def _drift(rounds: Sequence[float]) -> float:
+    """How far the medians of the first and the last half are apart; without the middle one of an odd number."""
+    half = len(rounds) // 2
+    return _apart(statistics.median(rounds[:half]), statistics.median(rounds[-half:])) if half else 0.0
 
 
 def _git(*arguments: str) -> str | None:
@@ -170,15 +271,47 @@ def _git(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _differences(before: Records, after: Records) -> list[str]:
-    """In words, what machines and versions differ in."""
+def differences(before: Records, after: Records) -> list[str]:
+    """In words, what machines, versions, settings and peers' packages differ in, by record."""
     lines = []
     for name in before:
-        old, new = (side.get(name, {}).get("environment", {}) for side in (before, after))
-        differ = [key for key in old if key != "date" and key in new and old[key] != new[key]]
-        if differ:
-            lines.append(f"{name}: " + ", ".join(f"{key} {old[key]} → {new[key]}" for key in differ))
+        if name in after:
+            old, new = _made(before[name]), _made(after[name])
+            each = [
+                f"{key} {old.get(key, 'none')} → {new.get(key, 'none')}"
+                for key in {**old, **new}
+                if key != "date" and old.get(key) != new.get(key)
+            ]
+            if each:
+                lines.append(f"{name}: {_some(each)}")
     return lines
+
+
+def _made(found: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of how it was made, by name."""
+    made: dict[str, Any] = {}
+    for key, value in found.items():
+        if key in _MADE:
+            made |= _leaves(_MADE[key], value)
+        elif key == "environments":
+            made |= _leaves("", {tool: each.get("packages", {}) for tool, each in value.items()})
+        elif not isinstance(value, dict) and not _is_table(value):
+            made[key] = value
+    return made
+
+
+def _is_table(found: Any) -> bool:
+    return isinstance(found, list) and any(isinstance(row, dict) for row in found)
+
+
+def _leaves(prefix: str, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        return {prefix: found}
+    return {
+        name: leaf
+        for key, value in found.items()
+        for name, leaf in _leaves(f"{prefix} {key}".strip(), value).items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,35 +326,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before, after = load(options.before), load(options.after)
     except EaptkError as error:
         sys.exit(str(error))
-    console = Console()
-    for line in _differences(before, after):
-        console.print(line, highlight=False)
-    found, same, alone = changes(before, after)
+    for line in differences(before, after):
+        print(line)
+    found = compare(before, after)
     table = Table(title=f"changed from {options.before} to {options.after}")
     for heading in ("figure", "before", "after", "change"):
         table.add_column(heading, justify="left" if heading == "figure" else "right", overflow="fold")
-    for change in found:
-        colour = "green" if change.better else "red"
-        table.add_row(
-            change.name, _text(change.before), _text(change.after), f"[{colour}]{_change(change)}[/]"
-        )
-    if found:
-        console.print(table)
-    console.print(
-        f"{len(found)} changed beyond noise, {same} did not, {len(alone)} are in one of the two alone"
+    colours: dict[Verdict, str] = {"worse": "red", "better": "green", "moved": "dim"}
+    for verdict, colour in colours.items():
+        for change in found.having(verdict):
+            row = (change.name, _text(change.before), _text(change.after))
+            table.add_row(
+                *map(Text, row), Text(_change(change), colour)
+            )  # names may have what looks like markup
+    if table.row_count:
+        wide_console().print(table)
+    print(
+        f"{len(found.having('better'))} better, {len(found.having('worse'))} worse; "
+        f"{len(found.having('moved'))} seconds, rates and peers' own figures moved; {found.same} did not change"
     )
+    for what, names in (
+        ("too few rounds to tell", [change.name for change in found.having("undecided")]),
+        (f"only in {options.before}", found.only_before),
+        (f"only in {options.after}", found.only_after),
+    ):
+        if names:
+            print(f"{len(names)} {what}: {_some(names, '; ')}")
+
+
+def _some(each: Sequence[str], between: str = ", ") -> str:
+    more = [f"and {len(each) - MOST_NAMED} more"] if len(each) > MOST_NAMED else []
+    return between.join([*each[:MOST_NAMED], *more])
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "fine"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _change(change: Change) -> str:
-    word = "better" if change.better else "worse"
     numbers = [
         value for value in (change.before, change.after) if isinstance(value, (int, float)) and value > 0
     ]
-    return f"{change.after / change.before - 1:+.1%}, {word}" if len(numbers) == 2 else word
+    return (
+        f"{change.after / change.before - 1:+.1%}, {change.verdict}" if len(numbers) == 2 else change.verdict
+    )
 
 
 if __name__ == "__main__":
