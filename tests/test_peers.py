@@ -189,8 +189,23 @@ def test_requirements_that_cannot_be_had_are_one_line(tmp_path: Path) -> None:
 
 
 def test_the_length_that_fits_is_on_the_line_through_two_peaks() -> None:
-    assert largest([128, 256], [100, 164], memory=1000) == 1928
-    assert largest([128, 256], [100, 100], memory=1000) is None
+    assert largest([256, 128], [164, 100], memory=1000) == 1928
+
+
+@pytest.mark.parametrize("longer", [90, 100, 110])
+def test_no_length_is_said_to_fit_where_memory_hardly_grew(longer: int) -> None:
+    assert largest([256, 128], [longer, 100], memory=1000) is None
+
+
+def test_what_only_a_first_run_takes_is_not_in_its_peak(checkpoint: Path) -> None:
+    script = WORKING + (
+        "pools = {}\n"
+        "def score(model, ids, other):\n"
+        "    if len(ids[0]) not in pools: pools[len(ids[0])] = torch.ones(len(ids[0]) * 500_000)\n"
+    )
+    with tool(checkpoint, script) as theirs:
+        theirs.load(checkpoint, "float32", HEAD)
+        assert theirs.peak(16) < 4e6
 
 
 def test_ratios_are_of_the_same_round() -> None:

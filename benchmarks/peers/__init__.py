@@ -20,11 +20,11 @@ The record, benchmarks/results/peers.json, beside `record.environment`:
                     each kind of destination; limit; passed
         seconds     of one sample; each: by contender ("peer", "eaptk", "bare"), in order of rounds; median: of these;
                     ratio: of seconds within rounds; each, their median, and its interval (`benchmarks.timing`)
-        memory      tokens: two lengths; bytes: by contender, at most resident above the loaded model at each (from
-                    VmHWM, in processes whose allocator gives back what is freed); "eaptk, least memory" contracts a
-                    layer at a time and runs layers again
+        memory      tokens: twice the sample's, then the sample's; bytes: by contender, at most resident above the
+                    loaded model at each (from VmHWM, of a second run, in processes whose allocator gives back what is
+                    freed); "eaptk, least memory" contracts a layer at a time and runs layers again
         largest     by contender, tokens that fit in settings.gigabytes above the loaded model, on the straight line
-                    through its two measured peaks; null where it did not grow
+                    through its two measured peaks, which is too many of all; null where it hardly grew
         accuracy    by "peer" and "eaptk", by dtype: relative distance to float64, or the error that dtype raises
 
 A figure may be drawn of a comparison whose error is null.

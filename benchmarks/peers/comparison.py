@@ -28,6 +28,8 @@ ACCURACY_TOKENS = 16
 #: Rounds before the clock counts.
 WARM_UP = 3
 MOST_ROUNDS = 11
+#: Share of the shorter run's memory that the longer one must add for a line through both to say anything.
+LEAST_GROWTH = 0.25
 OWN_PATH = (ROOT,)
 
 
@@ -133,7 +135,7 @@ def compare(bench: Bench, peer: Peer, python: Path, folder: Path) -> Iterator[tu
             )
         yield "seconds", _seconds(bench, theirs, folder, form)
         memory = {"peer": peaks(measured, folder, form, tokens), **bench.own_memory(folder, form)}
-        yield "memory", {"tokens": _lengths(tokens), "bytes": memory}
+        yield "memory", {"tokens": lengths(tokens), "bytes": memory}
         theirs_errors = accuracy(bench, theirs, folder, form)
         yield "accuracy", {"peer": theirs_errors, "eaptk": bench.own_errors(folder, form)}
 
@@ -153,19 +155,24 @@ def accuracy(bench: Bench, tool: Tool, folder: Path, form: Form) -> dict[str, fl
 
 
 def peaks(tool: Tool, folder: Path, form: Form, tokens: int) -> list[int]:
-    """Peak bytes above the loaded model at half the tokens and at all."""
+    """Peak bytes above the loaded model at each of `lengths`."""
     tool.load(folder, "float32", form)
-    return [tool.peak(n) for n in _lengths(tokens)]
+    return [tool.peak(n) for n in lengths(tokens)]
+
+
+def lengths(tokens: int) -> list[int]:
+    """Lengths that memory is measured at: twice the timed one, and last the timed one itself."""
+    return [2 * tokens, tokens]
 
 
 def largest(lengths: list[int], peaks: list[int], memory: float) -> int | None:
     """Tokens at which `memory` bytes are reached on the straight line through two measured peaks.
 
-    A straight line: attention that keeps [heads, T, T] grows faster, so what is said of it is too many. None where
-    memory did not grow by more than its own granularity.
+    Too many, of any tool: attention that keeps [heads, T, T] grows faster than the line, and where a constant part
+    covers the rest, what grows is not seen yet. None where so little grew that the line would say nothing.
     """
-    (short, long), (low, high) = lengths, peaks
-    if high <= low:
+    (long, short), (high, low) = lengths, peaks
+    if high - low <= LEAST_GROWTH * low:
         return None
     return int(short + (memory - low) * (long - short) / (high - low))
 
@@ -197,10 +204,6 @@ def _pair(bench: Bench, name: str, python: Path, path: tuple[Path, ...]) -> Iter
     """The tool in a process that is timed, and in one whose memory is measured."""
     with bench.tool(name, python, path=path) as timed, bench.tool(name, python, True, path) as measured:
         yield timed, measured
-
-
-def _lengths(tokens: int) -> list[int]:
-    return [tokens // 2, tokens]
 
 
 def _graph(folder: Path, form: Form) -> Graph:

@@ -18,7 +18,9 @@ def costs(found: list[dict[str, Any]], tokens: int, gigabytes: float) -> Table:
         title=f"{first['shape']}, {first['layers']} layers, one sample of {tokens} tokens, float32, CPU",
         caption="Above each rule: a peer; below it eaptk asked for the same, and the bare forward and backward pass, "
         "taken in turns with it. Error: of float32 scores, relative to float64; nothing is timed where it is too "
-        "large. MB: resident above the loaded model, at most. Fits: tokens, on a straight line through two lengths.",
+        "large. The bare pass is of one prompt: patching needs a forward pass of the other on top. MB: resident above "
+        "the loaded model, at most. Fits: tokens, extrapolated on a straight line through this length and its double, an "
+        "overestimate for every tool; – where memory hardly grew.",
     )
     table.add_column("tool")
     for heading in ("error", "s a sample", "× eaptk", "× bare", "MB", "× eaptk's", f"fits {gigabytes:g} GB"):
@@ -75,7 +77,7 @@ def _ratio(each: dict[str, Any], name: str) -> str:
 
 
 def _tokens(n: int | None) -> str:
-    return "any" if n is None else f"{n:,}"
+    return "–" if n is None else f"{n:,}"
 
 
 def _error(value: float | str | None) -> str:

@@ -20,9 +20,10 @@ def section(record: dict[str, Any], figures: dict[str, str]) -> str:
         "the same weights, tokens and loss, each tool in a process of its own, in turns with eaptk asked for what the "
         "peer computes (granularity, patching) and with the bare passes. A peer's scores are first given eaptk's "
         "numbering and held against float64, by kind of destination; nothing is timed where they are not the same. "
-        "MB: resident memory above the loaded model, at most. Fits: tokens of one sample in "
-        f"{settings['gigabytes']:g} GB, on the straight line through two lengths, so too many for a tool that keeps "
-        "[heads, T, T]."
+        "The bare passes are of one prompt, forward and backward: patching needs a forward pass of the other prompt on "
+        "top, which is not in them. MB: resident memory above the loaded model, at most, of a second run. Fits: tokens "
+        f"of one sample in {settings['gigabytes']:g} GB, extrapolated on the straight line through this length and its "
+        "double, an overestimate for every tool; – where memory hardly grew."
     ]
     for shape in record["shapes"]:
         found = [each for each in record["comparisons"] if each["shape"] == shape]
@@ -66,7 +67,7 @@ def _costs(found: list[dict[str, Any]]) -> str:
                 f"{ratio['eaptk / bare']['median']:.2f}",
                 f"{memory['peer'][-1] / 1e6:.0f}",
                 f"{memory['eaptk'][-1] / 1e6:.0f} / {memory['bare'][-1] / 1e6:.0f}",
-                f"{_tokens(each['largest']['peer'])} / {_tokens(each['largest']['eaptk, least memory'])}",
+                f"{_tokens(each['largest']['peer'])} / {_tokens(each['largest']['eaptk'])}",
             ]
         )
     headings = ["peer", "level", "error", "peer s", "eaptk s", "peer ÷ eaptk", "eaptk ÷ bare", "peer MB"]
@@ -79,12 +80,12 @@ def _verdict(found: list[dict[str, Any]]) -> str:
         each = [one for one in timed(found) if one["form"]["granularity"] == level]
         if not each:
             continue
-        ratios = {one["peer"]: one["seconds"]["ratio"]["peer / eaptk"]["median"] for one in each}
-        slow = min(ratios, key=ratios.__getitem__)
-        line = f"- {level} level, {faster:g}× wanted: the quickest peer, {slow}, takes {ratios[slow]:.1f}× eaptk's time"
-        bare = next(one["seconds"]["ratio"]["peer / bare"]["median"] for one in each if one["peer"] == slow)
-        if bare < faster:
-            line += f" and {bare:.1f}× the bare passes', and nothing can be quicker than those"
+        quickest = min(each, key=lambda one: _ratio(one, "peer / eaptk"))
+        line = f"- {level} level, {faster:g}× wanted: the quickest peer, {quickest['peer']}, takes "
+        line += f"{_ratio(quickest, 'peer / eaptk'):.1f}× eaptk's time"
+        if (bare := _ratio(quickest, "peer / bare")) < faster:
+            line += f" and {bare:.1f}× the bare passes', and no tool can be quicker than those"
+            line += " and, to patch, another forward pass" * (quickest["form"]["ablation"] == "patching")
         if leaner is not None:
             shares = {one["peer"]: above_bare(one, "eaptk") / max(1, above_bare(one, "peer")) for one in each}
             worst = max(shares, key=shares.__getitem__)
@@ -92,6 +93,10 @@ def _verdict(found: list[dict[str, Any]]) -> str:
             line += f"passes ({leaner:g} wanted)"
         lines.append(line + ".")
     return "\n".join(lines)
+
+
+def _ratio(each: dict[str, Any], name: str) -> float:
+    return float(each["seconds"]["ratio"][name]["median"])
 
 
 def _versions(environments: dict[str, Any]) -> str:
@@ -119,4 +124,4 @@ def accuracy(record: dict[str, Any]) -> str:
 
 
 def _tokens(n: int | None) -> str:
-    return "any" if n is None else f"{n:,}"
+    return "–" if n is None else f"{n:,}"
