@@ -46,9 +46,9 @@ from eaptk.errors import EaptkError
 Records = dict[str, dict[str, Any]]
 Kind = Literal["ratio", "seconds", "counted", "resident", "peak", "error", "failure"]
 Verdict = Literal["same", "better", "worse", "moved", "undecided"]
-#: What two figures differ by at least where they are said to.
+#: Relative differences up to which two figures are the same.
 LEAST = {"ratio": 0.03, "seconds": 0.03, "counted": 0.01, "resident": 0.25, "peak": 0.05, "error": 0.5}
-#: Most names of what there is no verdict on.
+#: Of longer lists the rest is counted.
 MOST_NAMED = 8
 _MORE_IS_BETTER = ("share", "processor_share", "share_of_reading", "times_the_twin", "peer / eaptk")
 _RATIOS = ("ratio", *_MORE_IS_BETTER)
@@ -57,8 +57,10 @@ _ERRORS = ("errors", "alone_errors", "contraction_errors", "accuracy")
 _CLOCKS = ("seconds", "gigabytes_per_second", "best", "starting")
 #: Whose numbers are no work of this code's: a peer's, and those by which its scores are held to be the same.
 _PEERS_OWN = ("peer", "peer / bare", "check")
-#: What a record says of how it was made, and how it is called in a line; "environments" is beside these.
+#: What a record says of how it was made, and how it is called in a line.
 _MADE = {"environment": "", "settings": "", "selection": "selection", "shape": "shape", "shapes": ""}
+#: Packages that matter most, and are named where not all are.
+_FIRST = ("transformer-lens", "auto-circuit", "nnsight", "captum", "torch", "transformers", "numpy")
 #: Medians are of what is beside them.
 _NO_FIGURES = (*_MADE, "packages", "install_seconds", "profile", "median")
 
@@ -272,19 +274,25 @@ def _git(*arguments: str) -> str | None:
 
 
 def differences(before: Records, after: Records) -> list[str]:
-    """In words, what machines, versions, settings and peers' packages differ in, by record."""
+    """In words, what machines, versions, settings and peers' packages differ in: a line a record or environment."""
     lines = []
     for name in before:
-        if name in after:
-            old, new = _made(before[name]), _made(after[name])
-            each = [
-                f"{key} {old.get(key, 'none')} → {new.get(key, 'none')}"
-                for key in {**old, **new}
-                if key != "date" and old.get(key) != new.get(key)
-            ]
-            if each:
-                lines.append(f"{name}: {_some(each)}")
+        if name not in after:
+            continue
+        if each := _differing(_made(before[name]), _made(after[name])):
+            lines.append(f"{name}: {', '.join(each)}")
+        old, new = (side[name].get("environments", {}) for side in (before, after))
+        for tool in {**old, **new}:
+            packages = [side.get(tool, {}).get("packages", {}) for side in (old, new)]
+            if each := _differing(*packages):
+                lines.append(f"{name}, {tool}: {_some(each)}")
     return lines
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    keys = [key for key in {**old, **new} if key != "date" and old.get(key) != new.get(key)]
+    keys.sort(key=lambda key: key not in _FIRST)
+    return [f"{key} {old.get(key, 'none')} → {new.get(key, 'none')}" for key in keys]
 
 
 def _made(found: dict[str, Any]) -> dict[str, Any]:
@@ -293,8 +301,6 @@ def _made(found: dict[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         if key in _MADE:
             made |= _leaves(_MADE[key], value)
-        elif key == "environments":
-            made |= _leaves("", {tool: each.get("packages", {}) for tool, each in value.items()})
         elif not isinstance(value, dict) and not _is_table(value):
             made[key] = value
     return made
@@ -342,8 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if table.row_count:
         wide_console().print(table)
     print(
-        f"{len(found.having('better'))} better, {len(found.having('worse'))} worse; "
-        f"{len(found.having('moved'))} seconds, rates and peers' own figures moved; {found.same} did not change"
+        f"{len(found.having('better'))} better, {len(found.having('worse'))} worse, "
+        f"{len(found.having('moved'))} moved (seconds, rates, a peer's own), {found.same} did not change"
     )
     for what, names in (
         ("too few rounds to tell", [change.name for change in found.having("undecided")]),

@@ -132,9 +132,9 @@ def test_sweeps_and_throughput_are_compared() -> None:
         prefix + "times_the_twin": "undecided",
     }
 
-    def throughput(factor: float) -> dict[str, Any]:
-        shares = times(factor, [0.8, 0.81])
-        row = {"tokens_per_second": 2000 * factor, "share": sum(shares) / 2, "shares": shares}
+    def throughput(factor: float, rounds: int = 2) -> dict[str, Any]:
+        shares = times(0.8 * factor, STEADY[:rounds])
+        row = {"tokens_per_second": 2000 * factor, "share": summary(shares)["median"], "shares": shares}
         plan = {"samples": 10, "budget": 64, "batches": round(100 / factor), "seconds": 0.1}
         return {"throughput": {"rows": {"block": row}, "plans": [plan]}}
 
@@ -143,6 +143,7 @@ def test_sweeps_and_throughput_are_compared() -> None:
         "throughput: rows: block: share": "undecided",
         "throughput: plans: 10 samples, budget 64: batches": "better",
     }
+    assert verdicts(throughput(1, 7), throughput(1.1, 7))["throughput: rows: block: share"] == "better"
 
 
 def test_bytes_are_counted_and_errors_are_rough() -> None:
@@ -213,17 +214,22 @@ def test_settings_and_packages_are_said_and_are_no_figures() -> None:
     before["peers"] |= {"settings": {"threads": 1}, "complete": True, "shapes": {"a shape": {"n_layer": 3}}}
     after["peers"] |= {"settings": {"threads": 2}, "complete": False, "shapes": {"a shape": {"n_layer": 4}}}
     del after["peers"]["environments"]["a tool"]["packages"]["numpy"]
-    (line,) = differences(before, after)
-    assert line.startswith("peers: ")
-    for each in (
-        "a tool torch 1 → 2",
-        "a tool numpy 2 → none",
-        "threads 1 → 2",
-        "complete True → False",
-        "a shape n_layer 3 → 4",
-    ):
-        assert each in line
+    assert differences(before, after) == [
+        "peers: threads 1 → 2, complete True → False, a shape n_layer 3 → 4",
+        "peers, a tool: torch 1 → 2, numpy 2 → none",
+    ]
     assert compare(before, after).changes == []
+
+
+def test_packages_that_matter_are_named_of_many() -> None:
+    others = {f"a{number}": "1" for number in range(20)}
+    before, after = (
+        {"peers": {"environments": {"a tool": {"packages": {**others, "torch": "1"}}}}},
+        {"peers": {"environments": {"a tool": {"packages": {"torch": "2"}}}}},
+    )
+    (line,) = differences(before, after)
+    assert line.startswith("peers, a tool: torch 1 → 2, a0 1 → none, ")
+    assert line.endswith(", and 13 more")
 
 
 def test_long_lists_end_in_a_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
