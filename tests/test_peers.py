@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import pytest
 from benchmarks import record
 from benchmarks.peers import __main__ as command
 from benchmarks.peers.catalogue import HEAD, PEERS, Peer
-from benchmarks.peers.client import Tool, ToolError, environment
+from benchmarks.peers.client import Tool, ToolError, environment, packages
 from benchmarks.peers.comparison import largest, summary
-from benchmarks.peers.conventions import numbered, relative_errors
+from benchmarks.peers.conventions import numbered, relative_errors, share_compared
 from benchmarks.peers.names import block_nodes, head_nodes
 from benchmarks.peers.workload import SHAPES, Shape
 from eaptk import Graph
@@ -104,6 +105,33 @@ def test_a_comparison_over_no_edges_is_refused() -> None:
         relative_errors(nothing, random_matrix(GROUPED), GROUPED)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("head", [0, 1])
+def test_scores_that_are_not_finite_are_refused_and_not_taken_for_edges_that_are_not_there(
+    value: float, head: int
+) -> None:
+    sources, ungrouped = head_nodes(2, 4, 4)
+    scores = np.ones((len(sources), len(ungrouped)))
+    scores[0, ungrouped.index(f"a1.h{head}<k>")] = value
+    with pytest.raises(EaptkError, match="not finite"):
+        numbered(scores, sources, ungrouped, GROUPED)
+
+
+def test_what_a_tool_says_of_pairs_that_are_no_edges_does_not_matter() -> None:
+    scores = random_matrix(GROUPED)
+    no_edge = np.arange(GROUPED.n_sources)[:, None] >= GROUPED.reach
+    found = numbered(np.where(no_edge, np.inf, scores), *names(GROUPED), GROUPED)
+    assert relative_errors(found, scores, GROUPED)["all"] == 0
+
+
+def test_edges_that_a_tool_has_are_counted() -> None:
+    exact = numbered(random_matrix(GROUPED), *names(GROUPED), GROUPED)
+    lacking = exact.copy()
+    lacking[0] = np.nan
+    assert share_compared(exact, exact) == 1
+    assert share_compared(lacking, exact) == pytest.approx(1 - GROUPED.n_destinations / GROUPED.n_edges)
+
+
 WORKING = """
 import numpy as np, torch
 def load(folder, dtype, form): return torch.ones(3, dtype=dtype)
@@ -181,6 +209,29 @@ def test_a_tool_that_fails_says_so_in_one_line(checkpoint: Path, fault: str) -> 
     assert "\n" not in str(failure.value)
 
 
+def test_a_tool_that_ends_between_two_questions_is_reported(checkpoint: Path) -> None:
+    script = WORKING + (
+        "import os, threading\n"
+        "def edges(model, result):\n"
+        "    threading.Timer(0.5, os._exit, [4]).start()\n"
+        "    return np.array([result]), ['input'], ['clean', 'corrupt']\n"
+    )
+    with tool(checkpoint, script) as theirs:
+        theirs.load(checkpoint, "float32", HEAD)
+        theirs.score(10, save=checkpoint / "scores.npz")
+        time.sleep(2)
+        with pytest.raises(ToolError, match="their_script: ended with status 4"):
+            theirs.score(10)
+
+
+def test_an_interpreter_that_is_not_there_is_reported(checkpoint: Path) -> None:
+    gone = Tool("gone", checkpoint / "python", threads=1, limit=9, log=checkpoint / "log")
+    with gone, pytest.raises(ToolError, match="No such file"):
+        gone.load(checkpoint, "float32", HEAD)
+    with pytest.raises(ToolError, match="No such file"):
+        packages(checkpoint / "python")
+
+
 def test_requirements_that_cannot_be_had_are_one_line(tmp_path: Path) -> None:
     requirements = tmp_path / "peer.txt"
     requirements.write_text(f"peer @ file://{tmp_path}/no-such-package.whl\n")
@@ -253,6 +304,8 @@ def test_a_peer_with_the_same_scores_is_measured(whole_run: tuple[dict, str]) ->
     (found,) = [each for each in whole_run[0]["comparisons"] if each["peer"] == "right"]
     assert found["error"] is None
     assert max(found["check"]["errors"].values()) < 1e-5
+    assert found["check"]["eaptk"] == found["check"]["errors"]
+    assert found["check"]["share"] == 1
     assert 0.2 < found["seconds"]["ratio"]["peer / eaptk"]["median"] < 5
     assert found["accuracy"]["peer"] == found["accuracy"]["eaptk"]
     assert 1e-5 < found["accuracy"]["peer"]["bfloat16"] < 0.3

@@ -3,10 +3,10 @@
     python -m benchmarks.peers [--quick] [--peers …] [--shapes …]
 
 One sample of random tokens, its loss the mean over all next tokens, on random weights that eaptk's side saved. Every
-peer has an environment of its own in build/peers/, made from the pinned requirements here and kept between runs.
-Its scores are first held against eaptk's in float64, in the form the peer computes; where they are not the same,
-nothing is timed. Then it, eaptk in that form and the bare forward and backward pass take turns. A peer that cannot be
-installed or fails is reported with its error.
+peer has an environment of its own in build/peers/, made from the pinned requirements here and kept between runs. Its
+scores, and eaptk's own, are first held against eaptk's in float64, in the form the peer computes; where either are not
+the same, nothing is timed. Then it, eaptk in that form and the bare forward and backward pass take turns. A peer that
+cannot be installed or fails is reported with its error.
 
 The record, benchmarks/results/peers.json, beside `record.environment`:
 
@@ -17,7 +17,8 @@ The record, benchmarks/results/peers.json, beside `record.environment`:
         peer, what, shape, layers, form (granularity, qkv, ablation, gradient_on)
         error       null, or in one line what went wrong; the parts below that came before are there
         check       errors: relative Frobenius distance to float64 of float32 scores, over all edges and over those into
-                    each kind of destination; limit; passed
+                    each kind of destination; eaptk: the same of eaptk's own; share: of eaptk's edges that the peer
+                    has, hence that were compared; limit; passed: both are within it
         seconds     of one sample; each: by contender ("peer", "eaptk", "bare"), in order of rounds; median: of these;
                     ratio: of seconds within rounds; each, their median, and its interval (`benchmarks.timing`)
         memory      tokens: twice the sample's, then the sample's; bytes: by contender, at most resident above the
@@ -27,5 +28,5 @@ The record, benchmarks/results/peers.json, beside `record.environment`:
                     through its two measured peaks, which is too many of all; null where it hardly grew
         accuracy    by "peer" and "eaptk", by dtype: relative distance to float64, or the error that dtype raises
 
-A figure may be drawn of a comparison whose error is null.
+A figure may be drawn of a comparison whose error is null and whose check passed.
 """

@@ -15,10 +15,11 @@ from rich.console import Console
 from benchmarks import record
 from benchmarks.console import wide_console
 from benchmarks.peers.catalogue import PEERS, Peer
-from benchmarks.peers.client import HERE, ROOT, ToolError, environment, packages
+from benchmarks.peers.client import HERE, ROOT, environment, packages
 from benchmarks.peers.comparison import DTYPES, Bench, Settings, compare, largest
 from benchmarks.peers.tables import accuracies, costs
 from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
+from eaptk.errors import EaptkError
 
 FOLDER = ROOT / "build" / "peers"
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             pythons[name], seconds = environment(HERE / f"{name}.txt", FOLDER)
             environments[name] = {"packages": packages(pythons[name]), "install_seconds": seconds}
-        except ToolError as error:
+        except EaptkError as error:
             environments[name] = {"error": str(error)}
 
     result: dict[str, Any] = {
@@ -98,7 +99,7 @@ def _compared(bench: Bench, peer: Peer, python: Path, folder: Path, gigabytes: f
     try:
         for part, value in compare(bench, peer, python, folder):
             found[part] = value
-    except ToolError as error:
+    except EaptkError as error:
         found["error"] = str(error)
     if memory := found.get("memory"):
         found["largest"] = {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,18 @@ def packages(python: Path) -> dict[str, str]:
 
 
 def _run(command: list[Any]) -> str:
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        timeout=INSTALL_SECONDS,
-        env={name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"},
-    )
+    try:
+        done = subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_SECONDS,
+            env={name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ToolError(f"{command[0]} took longer than {INSTALL_SECONDS} s") from error
+    except OSError as error:
+        raise ToolError(str(error)) from error
     if done.returncode:
         raise ToolError(_last_error(done.stderr) or f"{command[0]} ended with status {done.returncode}")
     return done.stdout.strip()
@@ -126,6 +132,11 @@ class Tool:
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._loaded: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """What errors begin with."""
+        return self._name.rpartition(".")[2]
 
     def load(self, folder: Path, dtype: str, form: Form) -> None:
         """Load the model, unless that is the one it has."""
@@ -175,12 +186,13 @@ class Tool:
                 self._start()
             assert self._process is not None
             assert self._process.stdin is not None
-            self._process.stdin.write((json.dumps({"do": action, **request}) + "\n").encode())
-            self._process.stdin.flush()
+            with suppress(BrokenPipeError):  # of a process that has ended: why is what it answers
+                self._process.stdin.write((json.dumps({"do": action, **request}) + "\n").encode())
+                self._process.stdin.flush()
             return self._answer()
-        except ToolError as error:
+        except (ToolError, OSError) as error:
             self.close()
-            raise ToolError(f"{self._name.rpartition('.')[2]}: {error}") from error
+            raise ToolError(f"{self.name}: {error}") from error
         except BaseException:
             self.close()
             raise

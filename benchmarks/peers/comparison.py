@@ -16,9 +16,10 @@ from transformers import AutoConfig
 
 from benchmarks.peers.catalogue import Peer
 from benchmarks.peers.client import ROOT, Form, Tool, ToolError
-from benchmarks.peers.conventions import Matrix, numbered, relative_errors
+from benchmarks.peers.conventions import Matrix, numbered, relative_errors, share_compared
 from benchmarks.timing import in_turns, ratios
 from eaptk import Graph
+from eaptk.errors import EaptkError
 
 #: Largest relative error to float64, of the edges into any kind of destination, at which float32 scores are the same.
 SAME = 1e-4
@@ -81,19 +82,35 @@ class Bench:
         )
 
     def scores(self, tool: Tool, folder: Path, dtype: str, form: Form, tokens: int) -> Matrix:
-        """Scores of a tool as eaptk numbers them; see `numbered`."""
+        """Scores of a tool as eaptk numbers them; see `numbered`.
+
+        Raises:
+            ToolError: it fails, or its scores are no finite ones of this graph.
+        """
         path = self.settings.folder / "scores.npz"
         tool.load(folder, dtype, form)
         tool.score(tokens, save=path)
         with np.load(path) as saved:
-            graph = _graph(folder, form)
-            return numbered(saved["scores"], saved["sources"].tolist(), saved["destinations"].tolist(), graph)
+            scores, sources, destinations = (saved[part] for part in ("scores", "sources", "destinations"))
+        try:
+            return numbered(scores, sources.tolist(), destinations.tolist(), _graph(folder, form))
+        except EaptkError as error:
+            raise ToolError(f"{tool.name}: {error}") from error
 
     def exact(self, folder: Path, form: Form, tokens: int) -> Matrix:
         """eaptk's scores in float64."""
         key = ("exact", folder, _key(form), tokens)
         if key not in self._found:
             self._found[key] = self.scores(self.eaptk, folder, "float64", form, tokens)
+        return self._found[key]
+
+    def own_check(self, folder: Path, form: Form) -> dict[str, float]:
+        """Relative errors of eaptk's float32 scores, by kind of destination, at the timed length."""
+        key = ("check", folder, _key(form))
+        if key not in self._found:
+            exact = self.exact(folder, form, self.settings.tokens)
+            scores = self.scores(self.eaptk, folder, "float32", form, self.settings.tokens)
+            self._found[key] = relative_errors(scores, exact, _graph(folder, form))
         return self._found[key]
 
     def own_errors(self, folder: Path, form: Form) -> dict[str, float | str]:
@@ -120,19 +137,28 @@ def compare(bench: Bench, peer: Peer, python: Path, folder: Path) -> Iterator[tu
     """What is found, part by part, as (name of the part, part); see `benchmarks.peers`.
 
     Raises:
-        ToolError: the tool fails, or its scores are not the same; what was found before stands.
+        EaptkError: a tool fails, or scores are not the same; what was found before stands.
     """
     form, tokens = peer.form, bench.settings.tokens
     path = () if peer.environment else OWN_PATH
     with _pair(bench, peer.tool, python, path) as (theirs, measured):
         scores = bench.scores(theirs, folder, "float32", form, tokens)
-        errors = relative_errors(scores, bench.exact(folder, form, tokens), _graph(folder, form))
-        kind = max(errors, key=errors.__getitem__)
-        yield "check", {"errors": errors, "limit": SAME, "passed": errors[kind] <= SAME}
-        if errors[kind] > SAME:
-            raise ToolError(
-                f"{peer.tool}: scores of edges into {kind} are {errors[kind]:.1e} from float64, over {SAME:g}"
-            )
+        exact = bench.exact(folder, form, tokens)
+        errors = relative_errors(scores, exact, _graph(folder, form))
+        own = bench.own_check(folder, form)
+        faults = [*_faults(theirs.name, errors), *_faults(bench.eaptk.name, own)]
+        yield (
+            "check",
+            {
+                "errors": errors,
+                "eaptk": own,
+                "share": share_compared(scores, exact),
+                "limit": SAME,
+                "passed": not faults,
+            },
+        )
+        if faults:
+            raise ToolError("; ".join(faults))
         yield "seconds", _seconds(bench, theirs, folder, form)
         memory = {"peer": peaks(measured, folder, form, tokens), **bench.own_memory(folder, form)}
         yield "memory", {"tokens": lengths(tokens), "bytes": memory}
@@ -147,10 +173,9 @@ def accuracy(bench: Bench, tool: Tool, folder: Path, form: Form) -> dict[str, fl
     for dtype in bench.settings.dtypes:
         try:
             scores = bench.scores(tool, folder, dtype, form, ACCURACY_TOKENS)
-        except ToolError as error:
-            found[dtype] = str(error)
-        else:
             found[dtype] = relative_errors(scores, exact, _graph(folder, form))["all"]
+        except EaptkError as error:
+            found[dtype] = str(error)
     return found
 
 
@@ -197,6 +222,16 @@ def _seconds(bench: Bench, theirs: Tool, folder: Path, form: Form) -> dict[str, 
     runs = {name: partial(tool.score, tokens) for name, tool in contenders.items()}
     seconds = in_turns(runs, bench.settings.seconds, warm_up=WARM_UP, most=MOST_ROUNDS)
     return {"each": seconds, **summary(seconds)}
+
+
+def _faults(name: str, errors: dict[str, float]) -> list[str]:
+    """The worst error that is not within `SAME`, in words, if there is one."""
+    # An error may be NaN, where nothing but zeros was to be met: that is not the same either.
+    far = {kind: error for kind, error in errors.items() if not error <= SAME}
+    if not far:
+        return []
+    kind = max(far, key=far.__getitem__)
+    return [f"{name}: scores of edges into {kind} are {far[kind]:.1e} from float64, over {SAME:g}"]
 
 
 @contextmanager

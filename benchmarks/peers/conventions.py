@@ -44,6 +44,9 @@ def numbered(
         raise EaptkError(f"the tool scored {unknown[0]!r}, which is no node of the graph")
     matrix = np.full((graph.n_sources, graph.n_destinations), np.nan)
     rows = [row[name] for name in sources]
+    reach = graph.reach[[column[name] for name in read]]
+    if not np.isfinite(scores[np.array(rows)[:, None] < reach]).all():
+        raise EaptkError("its scores are not finite")
     for name, values in zip(read, scores.T, strict=True):
         before = matrix[rows, column[name]]
         matrix[rows, column[name]] = np.where(np.isnan(before), values, before + values)
@@ -65,6 +68,12 @@ def relative_errors(scores: Matrix, exact: Matrix, graph: Graph) -> dict[str, fl
             raise EaptkError(f"no edge into {kind} is in both, so nothing can be compared")
         errors[kind] = float(np.linalg.norm(scores[at] - exact[at]) / np.linalg.norm(exact[at]))
     return errors
+
+
+def share_compared(scores: Matrix, exact: Matrix) -> float:
+    """Of the edges that `exact` has, how many `scores` has too."""
+    has = ~np.isnan(exact)
+    return float((~np.isnan(scores) & has).sum() / has.sum())
 
 
 def _is_ungrouped(destinations: Sequence[str], graph: Graph) -> bool:

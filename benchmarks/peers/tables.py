@@ -19,8 +19,8 @@ def costs(found: list[dict[str, Any]], tokens: int, gigabytes: float) -> Table:
         caption="Above each rule: a peer; below it eaptk asked for the same, and the bare forward and backward pass, "
         "taken in turns with it. Error: of float32 scores, relative to float64; nothing is timed where it is too "
         "large. The bare pass is of one prompt: patching needs a forward pass of the other on top. MB: resident above "
-        "the loaded model, at most. Fits: tokens, extrapolated on a straight line through this length and its double, an "
-        "overestimate for every tool; – where memory hardly grew.",
+        "the loaded model, at most. Fits: tokens, extrapolated on a straight line through this length and its double, "
+        "an overestimate for every tool; – where memory hardly grew.",
     )
     table.add_column("tool")
     for heading in ("error", "s a sample", "× eaptk", "× bare", "MB", "× eaptk's", f"fits {gigabytes:g} GB"):

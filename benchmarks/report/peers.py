@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.floor.tables import interval_text
 from benchmarks.peers.comparison import DTYPES
-from benchmarks.report.markdown import error, table
+from benchmarks.report.markdown import error, share, table
 
 COMMAND = "python -m benchmarks.peers"
 #: By level: how many times faster than every peer, and most of its memory above the bare passes.
@@ -19,7 +20,8 @@ def section(record: dict[str, Any], figures: dict[str, str]) -> str:
         f"`{COMMAND}`. One sample of {settings['tokens']} random tokens, float32, CPU, {settings['threads']} threads; "
         "the same weights, tokens and loss, each tool in a process of its own, in turns with eaptk asked for what the "
         "peer computes (granularity, patching) and with the bare passes. A peer's scores are first given eaptk's "
-        "numbering and held against float64, by kind of destination; nothing is timed where they are not the same. "
+        "numbering and, like eaptk's own, held against float64, by kind of destination; nothing is timed where either "
+        "are not the same. Interval: of the ratio's median, 95 %; – of fewer than six rounds. "
         "The bare passes are of one prompt, forward and backward: patching needs a forward pass of the other prompt on "
         "top, which is not in them. MB: resident memory above the loaded model, at most, of a second run. Fits: tokens "
         f"of one sample in {settings['gigabytes']:g} GB, extrapolated on the straight line through this length and its "
@@ -52,10 +54,12 @@ def _costs(found: list[dict[str, Any]]) -> str:
     for each in found:
         title = f"{each['peer']}: {each['what']}"
         if each not in timed(found):
-            rows.append([f"{title}. {each['error']}", "failed", *[""] * 8])
+            rows.append([f"{title}. {each['error']}", each["form"]["granularity"], "failed", *[""] * 8])
             continue
         median, ratio = each["seconds"]["median"], each["seconds"]["ratio"]
         memory = each["memory"]["bytes"]
+        if (compared := each["check"]["share"]) < 1:
+            title += f" ({share(compared)} of eaptk's edges, the others it does not have)"
         rows.append(
             [
                 title,
@@ -64,14 +68,15 @@ def _costs(found: list[dict[str, Any]]) -> str:
                 f"{median['peer']:.3f}",
                 f"{median['eaptk']:.3f}",
                 f"**{ratio['peer / eaptk']['median']:.1f}×**",
+                interval_text(ratio["peer / eaptk"], 1),
                 f"{ratio['eaptk / bare']['median']:.2f}",
                 f"{memory['peer'][-1] / 1e6:.0f}",
                 f"{memory['eaptk'][-1] / 1e6:.0f} / {memory['bare'][-1] / 1e6:.0f}",
                 f"{_tokens(each['largest']['peer'])} / {_tokens(each['largest']['eaptk'])}",
             ]
         )
-    headings = ["peer", "level", "error", "peer s", "eaptk s", "peer ÷ eaptk", "eaptk ÷ bare", "peer MB"]
-    return table([*headings, "eaptk / bare MB", "fits: peer / eaptk"], rows)
+    headings = ["peer", "level", "error", "peer s", "eaptk s", "peer ÷ eaptk", "interval", "eaptk ÷ bare"]
+    return table([*headings, "peer MB", "eaptk / bare MB", "fits: peer / eaptk"], rows)
 
 
 def _verdict(found: list[dict[str, Any]]) -> str:
