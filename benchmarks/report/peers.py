@@ -89,8 +89,8 @@ def _verdict(found: list[dict[str, Any]]) -> str:
         line = f"- {level} level, {faster:g}× wanted: the quickest peer, {quickest['peer']}, takes "
         line += f"{_ratio(quickest, 'peer / eaptk'):.1f}× eaptk's time"
         if (bare := _ratio(quickest, "peer / bare")) < faster:
-            line += f" and {bare:.1f}× the bare passes', and no tool can be quicker than those"
-            line += " and, to patch, another forward pass" * (quickest["form"]["ablation"] == "patching")
+            more = " plus the forward pass that patching adds" * (quickest["form"]["ablation"] == "patching")
+            line += f" and {bare:.1f}× the bare passes'; no tool can be quicker than those{more}"
         if leaner is not None:
             shares = {one["peer"]: above_bare(one, "eaptk") / max(1, above_bare(one, "peer")) for one in each}
             worst = max(shares, key=shares.__getitem__)
