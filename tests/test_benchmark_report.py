@@ -99,9 +99,9 @@ PEERS = {
         SHAPE
         | {
             "peer": "fine",
-            "form": {"granularity": "head"},
+            "form": {"granularity": "head", "ablation": "patching"},
             "error": None,
-            "check": {"errors": {"all": 1e-6}, "limit": 1e-4, "passed": True},
+            "check": {"errors": {"all": 1e-6}, "share": 1.0, "limit": 1e-4, "passed": True},
             "seconds": {
                 "median": {"peer": 12.0, "eaptk": 1.0, "bare": 0.8},
                 "ratio": {
@@ -111,7 +111,7 @@ PEERS = {
                 },
             },
             "memory": {"bytes": {"peer": [5, 900], "eaptk": [5, 200], "bare": [5, 100]}},
-            "largest": {"peer": 1000, "eaptk, least memory": None},
+            "largest": {"peer": 1000, "eaptk": None},
             "accuracy": {
                 who: {"float32": 1e-6, "bfloat16": 0.02, "float16": "RuntimeError: not implemented"}
                 for who in ("peer", "eaptk")
@@ -147,7 +147,7 @@ def test_every_case_and_peer_is_on_the_page_with_its_figures_or_its_error(writte
     assert "spoilt. scores are 5.0e-01 from float64" in page
     assert "huge. no memory" in page
     assert "**12.0×**" in page
-    assert "gone: its own way. no such package | failed" in page
+    assert "gone: its own way. no such package | head | failed" in page
     assert "fine 2.0; gone: no such package" in page
     assert "RuntimeError: not implemented" in page
     assert "| kept | 1e-06 | 2e-06 | 2e-07 | 3e-07 |" in page
