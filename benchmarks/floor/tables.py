@@ -7,6 +7,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from benchmarks.floor.passes import LEVELS
+from benchmarks.timing import LEAST_ROUNDS
 
 #: Of a run.
 PARTS = ("passes", "yardstick", "storing", "sweeping", "starting")
@@ -59,6 +60,8 @@ def verdict(found: dict[str, Any]) -> Literal["kept", "missed", "undecided"] | N
     """Of a level's ratio, by its interval, or by all rounds if they are too few for one; None without a target."""
     if not found["target"]:
         return None
+    if len(found["ratio"]["each"]) < LEAST_ROUNDS:
+        return "undecided"
     low, high = bounds(found["ratio"])
     if high <= found["target"]:
         return "kept"
@@ -88,9 +91,9 @@ def fault_of(part: dict[str, Any]) -> str | None:
 
 
 def interval_text(found: dict[str, Any], digits: int = 3) -> str:
-    """Of a summary; – if there were too few rounds."""
+    """Of a summary; – of how many rounds if they were too few."""
     if found["interval"] is None:
-        return "–"
+        return f"– of {len(found['each'])}"
     low, high = found["interval"]
     return f"{low:.{digits}f}–{high:.{digits}f}"
 

@@ -40,14 +40,16 @@ def _floor(record: dict[str, Any] | None) -> list[list[str]]:
     rows = []
     cases = right(record["cases"])
     for level in ("block", "head"):
-        judged = [case for case in cases if case[level]["target"]]
+        judged = [case for case in cases if case[level]["target"] and case[level]["ratio"]["interval"]]
         if not judged:
             continue
         ratios = sorted((case[level]["ratio"]["median"], case["name"]) for case in judged)
         (low, _), (high, name) = ratios[0], ratios[-1]
         what = f"{level} level ÷ bare forward + activation backward, {len(judged)} models and batches"
-        if len(cases) < len(record["cases"]):
-            what += f" ({len(record['cases']) - len(cases)} more failed)"
+        missing = {"failed": len(record["cases"]) - len(cases)}
+        missing["in too few rounds"] = sum(bool(case[level]["target"]) for case in cases) - len(judged)
+        if more := [f"{n} more {why}" for why, n in missing.items() if n]:
+            what += f" ({', '.join(more)})"
         rows.append([what, f"{low:.2f} to {high:.2f}× (most: {name})", "`python -m benchmarks.floor`"])
     narrow = [case for case in cases if case["shape"] == "Qwen2, narrow"]
     if narrow:
