@@ -180,9 +180,10 @@ def accuracy(bench: Bench, tool: Tool, folder: Path, form: Form) -> dict[str, fl
 
 
 def peaks(tool: Tool, folder: Path, form: Form, tokens: int) -> list[int]:
-    """Peak bytes above the loaded model at each of `lengths`."""
+    """Peak bytes above the loaded model at each of `lengths`, after one run that is not looked at."""
     tool.load(folder, "float32", form)
-    return [tool.peak(n) for n in lengths(tokens)]
+    tool.score(tokens)
+    return [tool.peak(n) for n in reversed(lengths(tokens))][::-1]
 
 
 def lengths(tokens: int) -> list[int]:

@@ -8,8 +8,8 @@ one JSON object a line on standard input, answers go to standard output, after {
     {"do": "score", "tokens": T, "save": PATH}   → the same, and the scores, by name, in a .npz file
     {"do": "peak", "tokens": T}                  → {"bytes": of resident memory above the loaded model, at most}
 
-A peak is of a second run: a first one pages in weights and code, starts threads and grows pools, in a process that has
-run nothing else far more than in one that has. What a tool keeps between runs is therefore not in it.
+A peak should not be of a first run: that pages in weights and code, starts threads and grows pools, in a process that
+has run nothing else far more than in one that has. What a tool keeps between runs is therefore not in it.
 
 A tool is a module of tools/ with three functions:
 
@@ -73,7 +73,6 @@ class Tool:
         return {"seconds": seconds}
 
     def peak(self, tokens: int) -> dict[str, Any]:
-        self.score(tokens)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -33,7 +33,7 @@ def section(record: dict[str, Any], figure: str | None) -> str:
             _verdict(record["cases"]),
             "### Where the time goes\n\nThe contraction by itself, on the same operands: at block level beside a copy "
             "in memory (it reads operands), at head level beside a square matrix product (it multiplies them). The "
-            "rest above the bare passes is hooks, views and rows; – where it is less than the ratio's interval tells.",
+            "rest above the bare passes is hooks, views and rows; – where the ratio's interval does not tell it.",
             _contractions(record["cases"]),
             *_profiles(record["cases"]),
             "### Rows and processes\n\n" + _host(record),
@@ -107,7 +107,7 @@ def _contractions(cases: list[dict[str, Any]]) -> str:
             above = (ratio["median"] - 1) * bare
             low, high = bounds(ratio)
             rest = above - contraction["seconds"]["median"]
-            told = abs(rest) > (high - low) / 2 * bare
+            told = ratio["interval"] and abs(rest) > (high - low) / 2 * bare
             unit = "GB/s" if contraction["of"] == "copy" else "GFLOP/s"
             rows.append(
                 [
