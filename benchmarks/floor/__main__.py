@@ -81,7 +81,7 @@ def _measured(case: Case, seconds: float) -> dict[str, Any]:
         RuntimeError,
         MemoryError,
         EaptkError,
-    ) as error:  # PyTorch's own of too little memory are RuntimeErrors
+    ) as error:  # of too little memory PyTorch's are RuntimeErrors
         lines = str(error).splitlines() or [""]
         return {"name": case.name, "error": f"{type(error).__name__}: {lines[0]}"}
     finally:

@@ -183,7 +183,9 @@ def peaks(tool: Tool, folder: Path, form: Form, tokens: int) -> list[int]:
     """Peak bytes above the loaded model at each of `lengths`, after one run that is not looked at."""
     tool.load(folder, "float32", form)
     tool.score(tokens)
-    return [tool.peak(n) for n in reversed(lengths(tokens))][::-1]
+    longer, timed = lengths(tokens)
+    at_timed = tool.peak(timed)  # first: the longer run may leave pools behind
+    return [tool.peak(longer), at_timed]
 
 
 def lengths(tokens: int) -> list[int]:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import eaptk
+from benchmarks.exact import float64_throughout
 
 
 def load(folder: Path, dtype: torch.dtype, form: dict[str, Any]) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    if dtype == torch.float64:
-        exact(model)
     graph = eaptk.Graph.from_model(model, granularity=form["granularity"], qkv=form["qkv"])
     dials = {"flush_layers": 1, "checkpoint": True} if form.get("least_memory") else {}
     return {"model": model, "graph": graph, "ablation": form["ablation"], "dials": dials}
 
 
 def score(loaded: dict[str, Any], ids: Tensor, other: Tensor) -> eaptk.EdgeScores:
-    batch = {"input_ids": ids, "corrupt_ids": other}
-    return eaptk.attribute(
-        loaded["model"], batch, loaded["graph"], ablation=loaded["ablation"], **loaded["dials"]
-    )
+    batch, model = {"input_ids": ids, "corrupt_ids": other}, loaded["model"]
+    with float64_throughout(model) if model.dtype == torch.float64 else nullcontext():
+        return eaptk.attribute(model, batch, loaded["graph"], ablation=loaded["ablation"], **loaded["dials"])
 
 
 def edges(loaded: dict[str, Any], scores: eaptk.EdgeScores) -> tuple[np.ndarray, list[str], list[str]]:
@@ -37,25 +35,3 @@ def edges(loaded: dict[str, Any], scores: eaptk.EdgeScores) -> tuple[np.ndarray,
         [node.name for node in graph.sources],
         [node.name for node in graph.destinations],
     )
-
-
-def exact(model: nn.Module) -> None:
-    """Give a float64 model float64 norms and rotations: Hugging Face computes these in float32 whatever the dtype."""
-
-    def norm(module: nn.Module, x: Tensor) -> Tensor:
-        return module.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon))
-
-    def rotation(module: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        width = 2 * len(module.inv_freq)
-        base = model.config.rope_parameters["rope_theta"]
-        frequency = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angles = position_ids[..., None].double() * frequency
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
-
-    for module in model.modules():
-        name = type(module).__name__
-        if name.endswith("RMSNorm"):
-            module.forward = MethodType(norm, module)
-        elif name.endswith("RotaryEmbedding"):
-            module.forward = MethodType(rotation, module)
