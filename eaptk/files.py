@@ -128,7 +128,10 @@ def check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """An .npy file, memory-mapped read-only and checked as `check_array` does."""
     offset = check_array(path, shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    try:
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    except FileNotFoundError:  # another process has deleted it since
+        raise EaptkError(f"{path} is missing; {DAMAGED}") from None
 
 
 def read_table(path: Path) -> pa.Table:

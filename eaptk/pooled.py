@@ -169,8 +169,8 @@ class Pooled:
                 return [whole]
             try:
                 return [self._map(self._file(part)) for part in parts] or [whole]
-            except (EaptkError, FileNotFoundError):
-                # Another process may have added parts up since, or between a file's check and its opening.
+            except EaptkError:
+                # Another process may have added parts up since.
                 if all(self._file(part).exists() for part in parts):
                     raise
 
