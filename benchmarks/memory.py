@@ -190,13 +190,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--at-once", type=int, default=2, help="processes that measure side by side")
     parser.add_argument("--one", nargs=2, metavar=("SETTING", "TOKENS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(height(options.one[0], int(options.one[1])))
         return
+    longest = max(options.tokens)
+    options.tokens = sorted(set(options.tokens))
+    if longest // 4 not in options.tokens or options.tokens[-2] == longest // 4:
+        parser.error(
+            f"--tokens needs {longest // 4}, a fourth of the longest, and a length between, for the line through them"
+        )
     # The longest first: none is left to wait for alone at the end.
     todo = [(setting, n) for n in sorted(options.tokens, reverse=True) for setting in SETTINGS]
     with ThreadPoolExecutor(options.at_once) as pool:
