@@ -21,7 +21,7 @@ import torch
 #: Rounds before the clock counts: a batch takes tens of thousands of page faults until the heap has grown to
 #: what the pass needs, and in a run of many batches only the first few pay for them.
 WARM_UP = 6
-LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+LEAST_ROUNDS, MOST_ROUNDS = 3, 40
 CONFIDENCE = 0.95
 
 
@@ -54,14 +54,14 @@ def in_turns(
     """What each contender says that it took, by rounds.
 
     Args:
-        seconds: about how long all of it may take. Warming up starts no round after a third of it; then there are
+        seconds: about how long all of it may take. Warming up starts no round after a sixth of it; then there are
             three rounds at least, but fewer if these have taken twice the time there is.
         warm_up: rounds that do not count, at most.
         most: rounds that count, at most.
     """
     started = time.perf_counter()
     for _ in range(warm_up):
-        if time.perf_counter() - started < seconds / 3:
+        if time.perf_counter() - started < seconds / 6:
             for run in contenders.values():
                 run()
     taken: dict[str, list[float]] = {name: [] for name in contenders}

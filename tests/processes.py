@@ -11,6 +11,7 @@ import atexit
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from typing import Any
 
 #: System calls through which a run reaches the disk; `open` and pyarrow's own writes happen between them.
 _CALLS = ("mkdir", "replace", "fsync", "fdatasync", "pwrite", "posix_fallocate", "unlink")
+#: What names a function to call.
+_TARGET = re.compile(r"\w+:\w+")
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,9 @@ def _serve() -> None:
             )
         else:
             function = _resolve(request["target"])
+            for argument in request["arguments"]:  # a target that wraps another would import it in every fork
+                if isinstance(argument, str) and _TARGET.fullmatch(argument):
+                    _resolve(argument)
             answer = os.fork()
             if answer == 0:
                 _become(function, request["arguments"], request["log"])

@@ -16,8 +16,9 @@ The record, benchmarks/results/floor.json, beside `record.environment`:
         name, and what `shapes.Case` has
         error               in one line, where the case could not be run; nothing else is there then
         gate                errors, by level: relative distance to float64 scores; alone_errors: of the first sample's
-                            row to that of the sample alone; limit of both; contraction_errors, contraction_limit: of
-                            the contraction alone, same operands; passed. If not, nothing follows
+                            row to that of the sample alone, unless that is the batch; limit of both;
+                            contraction_errors, contraction_limit: of the contraction alone, same operands; passed. If
+                            not, nothing follows
         bare                seconds (summary); bytes: of tensors alive at one time, above the model
         block, head         seconds, ratio to bare in the same round (summaries); target: most that the ratio is to be,
                             null under 256 tokens

@@ -20,8 +20,8 @@ from benchmarks.floor.shapes import DEVICE, Case, cases
 from benchmarks.floor.tables import PARTS, host_table, passes_table
 from eaptk.errors import EaptkError
 
-#: Of the minutes, what goes to rounds of cases; checks and profiles take most of what is left, and more of slow ones.
-SHARE_OF_CASES = 0.7
+#: Of the minutes, what goes to rounds of cases; checks, warming up and memory take most of what is left.
+SHARE_OF_CASES = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

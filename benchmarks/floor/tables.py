@@ -83,8 +83,9 @@ def fault_of(part: dict[str, Any]) -> str | None:
         return None
     if "errors" not in gate:
         return "results are wrong: nothing is shown"
+    alone = max(gate["alone_errors"].values(), default=0.0)
     return (
-        f"scores are {max(gate['errors'].values()):.1e} from float64, {max(gate['alone_errors'].values()):.1e} from "
+        f"scores are {max(gate['errors'].values()):.1e} from float64, {alone:.1e} from "
         f"those of the sample alone (limit {gate['limit']:g}), the contraction "
         f"{max(gate['contraction_errors'].values()):.1e} ({gate['contraction_limit']:g}): nothing is timed"
     )
