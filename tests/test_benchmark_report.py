@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import record
 from benchmarks.floor.tables import PARTS
+from benchmarks.peers.catalogue import PEERS as CATALOGUE
 from benchmarks.report import __main__ as command
 from benchmarks.report import readme
 from benchmarks.timing import summary
@@ -92,7 +93,8 @@ FLOOR = {
 SHAPE = {"shape": "some shape", "layers": 3, "what": "its own way"}
 PEERS = {
     "environment": ENVIRONMENT,
-    "settings": {"tokens": 256, "threads": 2, "gigabytes": 8.0},
+    "complete": True,
+    "settings": {"peers": list(CATALOGUE), "tokens": 256, "threads": 2, "gigabytes": 8.0},
     "environments": {"fine-2": {"packages": {"fine": "2.0"}}, "gone": {"error": "no such package"}},
     "shapes": {"some shape": {}},
     "comparisons": [
@@ -181,7 +183,10 @@ def test_a_run_that_was_cut_off_or_of_a_part_says_so(written: Any) -> None:
         "Not of a whole run: the run was cut off; only cases with narrow were run; not run: yardstick, "
         in page
     )
-    assert "Not of a whole run" not in (written(floor=FLOOR) / "benchmarks.md").read_text()
+    settings = PEERS["settings"] | {"peers": ["nnsight", "dense"]}
+    page = (written(peers=PEERS | {"complete": False, "settings": settings}) / "benchmarks.md").read_text()
+    assert "Not of a whole run: the run was cut off; not run: transformer-lens-4, " in page
+    assert "Not of a whole run" not in (written(floor=FLOOR, peers=PEERS) / "benchmarks.md").read_text()
 
 
 def test_the_same_records_give_the_same_bytes(written: Any) -> None:

@@ -286,6 +286,11 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     return json.loads((folder / "peers.json").read_text()), printed.getvalue()
 
 
+def test_a_run_that_came_to_its_end_says_so(whole_run: tuple[dict, str]) -> None:
+    assert whole_run[0]["complete"]
+    assert whole_run[0]["settings"]["peers"] == ["missing", "wrong", "right"]
+
+
 def test_a_peer_that_fails_is_reported_and_not_dropped(whole_run: tuple[dict, str]) -> None:
     (found,) = [each for each in whole_run[0]["comparisons"] if each["peer"] == "missing"]
     assert "No module named 'tools.no_such_tool'" in found["error"]

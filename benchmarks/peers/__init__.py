@@ -10,7 +10,9 @@ cannot be installed or fails is reported with its error.
 
 The record, benchmarks/results/peers.json, beside `record.environment`:
 
-    settings        tokens, threads, seconds that the repetitions of one comparison were given, gigabytes
+    complete        whether the run came to its end
+    settings        quick, peers (those asked for), tokens, threads, seconds that the repetitions of one comparison
+                    were given, gigabytes
     environments    by name: packages (version by name), install_seconds (0: was there), or error
     shapes          by name: the model's config, layers included
     comparisons     one a shape and peer:

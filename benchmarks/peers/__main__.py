@@ -50,8 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     result: dict[str, Any] = {
         "environment": record.environment(),
+        "complete": False,
         "settings": {
             "quick": options.quick,
+            "peers": options.peers,
             "tokens": options.tokens,
             "threads": options.threads,
             "seconds": settings.seconds,
@@ -84,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     found |= _compared(bench, peer, pythons[peer.environment], folder, options.gigabytes)
                 comparisons.append(found)
                 # After each: a run of an hour that is cut off has what it found.
-                path = record.write("peers", result, options.quick)
+                record.write("peers", result, options.quick)
+    result["complete"] = True
+    path = record.write("peers", result, options.quick)
     out = wide_console()
     for shape in options.shapes:
         of_shape = [found for found in comparisons if found["shape"] == shape]

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.floor.passes import LEAST_TOKENS, LEVELS
 from benchmarks.floor.tables import PARTS, bounds, fault_of, host_lines, interval_text, verdict
-from benchmarks.report.markdown import error, share, table
+from benchmarks.report.markdown import error, share, table, unfinished
 
 COMMAND = "python -m benchmarks.floor"
 
@@ -48,7 +48,7 @@ def _gaps(record: dict[str, Any]) -> list[str]:
     gaps += [f"only cases with {' and '.join(settings['only'])} were run"] if settings["only"] else []
     left = [part for part in PARTS if part not in settings["parts"]]
     gaps += [f"not run: {', '.join(left)}"] if left else []
-    return [f"**Not of a whole run: {'; '.join(gaps)}.**"] if gaps else []
+    return unfinished(gaps)
 
 
 def right(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

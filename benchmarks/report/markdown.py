@@ -24,3 +24,8 @@ def error(x: float | str | None) -> str:
     if x is None:
         return "–"
     return x if isinstance(x, str) else f"{x:.0e}"
+
+
+def unfinished(gaps: list[str]) -> list[str]:
+    """A paragraph on what a record lacks, if anything."""
+    return [f"**Not of a whole run: {'; '.join(gaps)}.**"] if gaps else []

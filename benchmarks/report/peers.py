@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.floor.tables import interval_text
+from benchmarks.peers.catalogue import PEERS
 from benchmarks.peers.comparison import DTYPES
-from benchmarks.report.markdown import error, share, table
+from benchmarks.report.markdown import error, share, table, unfinished
 
 COMMAND = "python -m benchmarks.peers"
 #: By level: how many times faster than every peer, and most of its memory above the bare passes.
@@ -16,7 +17,11 @@ WANTED = {"head": (10.0, 0.25), "block": (2.0, None)}
 def section(record: dict[str, Any], figures: dict[str, str]) -> str:
     """Markdown of one record; `figures` by shape."""
     settings = record["settings"]
+    gaps = [] if record["complete"] else ["the run was cut off"]
+    left = [peer for peer in PEERS if peer not in settings["peers"]]
+    gaps += [f"not run: {', '.join(left)}"] if left else []
     parts = [
+        *unfinished(gaps),
         f"`{COMMAND}`. One sample of {settings['tokens']} random tokens, float32, CPU, {settings['threads']} threads; "
         "the same weights, tokens and loss, each tool in a process of its own, in turns with eaptk asked for what the "
         "peer computes (granularity, patching) and with the bare passes. A peer's scores are first given eaptk's "
@@ -25,7 +30,7 @@ def section(record: dict[str, Any], figures: dict[str, str]) -> str:
         "The bare passes are of one prompt, forward and backward: patching needs a forward pass of the other prompt on "
         "top, which is not in them. MB: resident memory above the loaded model, at most, of a second run. Fits: tokens "
         f"of one sample in {settings['gigabytes']:g} GB, extrapolated on the straight line through this length and its "
-        "double, an overestimate for every tool; – where memory hardly grew."
+        "double, an overestimate for every tool; – where memory hardly grew.",
     ]
     for shape in record["shapes"]:
         found = [each for each in record["comparisons"] if each["shape"] == shape]
