@@ -1,10 +1,12 @@
-// The only file that knows pybind11. Arrays arrive validated from eaptk/sweep.py; results are double or int64.
+// The only file that knows pybind11. Arrays arrive validated from eaptk/sweep.py, results are double or int64; addresses
+// of tensors from kernels/native.py, which keeps them alive.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 
+#include "contraction.hpp"
 #include "sweep.hpp"
 
 namespace py = pybind11;
@@ -69,10 +71,25 @@ double read_sum(const Array<float>& data, int threads) {
     return eaptk::read_sum(data.data(), data.size(), threads);
 }
 
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void contract(const std::vector<eaptk::Source>& sources, const std::vector<eaptk::Group>& groups, std::int64_t first,
+              const std::vector<std::int64_t>& lengths, std::int64_t width, Address written, Address gradients,
+              Address normed, std::int64_t runs, int threads, int lanes, Address out) {
+    const eaptk::Scratch scratch{at<float>(written), at<float>(gradients), at<float>(normed), runs};
+    py::gil_scoped_release release;
+    eaptk::contract(sources, groups, first, lengths, width, scratch, threads, lanes, at<double>(out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Work on score rows at memory bandwidth; eaptk.sweep is the public face.";
+    module.doc() = "Loops that are compiled; eaptk.sweep and eaptk.kernels are the public faces.";
     module.def("sweep", &sweep, "scores"_a, "rows"_a, "columns"_a.none(true), "edges"_a.none(true), "threads"_a,
                "portable"_a);
     module.def("weighted_column_sums", &weighted_column_sums, "scores"_a, "rows"_a, "columns"_a.none(true),
@@ -80,4 +97,40 @@ PYBIND11_MODULE(_native, module) {
     module.def("row_dots", &row_dots, "scores"_a, "rows"_a, "columns"_a.none(true), "vector"_a, "threads"_a);
     module.def("read_sum", &read_sum, "data"_a, "threads"_a);
     module.def("has_avx512", &eaptk::has_avx512);
+
+    py::class_<eaptk::Operand>(module, "Operand")
+        .def(py::init([](Address data, bool bfloat16, std::int64_t sample, std::int64_t token, std::int64_t row) {
+                 return eaptk::Operand{at<void>(data), bfloat16, sample, token, row};
+             }),
+             "data"_a, "bfloat16"_a, "sample"_a, "token"_a, "row"_a);
+    py::class_<eaptk::Weight>(module, "Weight")
+        .def(py::init([](Address data, std::int64_t head_dim, std::int64_t row, std::int64_t dimension,
+                         std::int64_t column) {
+                 return eaptk::Weight{at<float>(data), head_dim, row, dimension, column};
+             }),
+             "data"_a, "head_dim"_a, "row"_a, "dimension"_a, "column"_a);
+    py::class_<eaptk::Source>(module, "Source")
+        .def(py::init([](const eaptk::Operand& value, const eaptk::Operand& replacement, const eaptk::Weight& weight,
+                         std::int64_t rows) {
+                 return eaptk::Source{value, replacement, weight, rows};
+             }),
+             "value"_a, "replacement"_a, "weight"_a, "rows"_a);
+    py::class_<eaptk::Gradient>(module, "Gradient")
+        .def(py::init([](const eaptk::Operand& value, std::int64_t rows, std::int64_t reach) {
+                 return eaptk::Gradient{value, rows, reach};
+             }),
+             "value"_a, "rows"_a, "reach"_a);
+    py::class_<eaptk::Reader>(module, "Reader")
+        .def(py::init([](const std::vector<eaptk::Gradient>& gradients, const eaptk::Weight& weight,
+                         const eaptk::Operand& stream, Address mean, Address rho, std::int64_t n_tokens, Address gain) {
+                 return eaptk::Reader{gradients,       weight,         stream,
+                                      at<float>(mean), at<float>(rho), n_tokens, at<float>(gain)};
+             }),
+             "gradients"_a, "weight"_a, "stream"_a, "mean"_a, "rho"_a, "n_tokens"_a, "gain"_a);
+    module.def("contract", &contract, "sources"_a, "groups"_a, "first"_a, "lengths"_a, "width"_a, "written"_a,
+               "gradients"_a, "normed"_a, "runs"_a, "threads"_a, "lanes"_a,
+               "out"_a);
+    module.attr("TOKENS") = eaptk::kTokens;
+    module.def("pitch", &eaptk::pitch, "width"_a);
+    module.def("lanes", &eaptk::lanes);
 }

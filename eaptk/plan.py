@@ -1,6 +1,6 @@
 """How a batch is attributed within the memory there is, and what that takes, said before it is done.
 
-Two dials trade time for memory, and neither changes a bit of the scores in plain PyTorch: gradients may be
+Two dials trade time for memory, and neither changes a bit of the scores on a CPU: gradients may be
 contracted by *flush groups* of layers while the backward pass goes on, and each layer may be run again there in
 place of what autograd keeps of it (*checkpointing*). `Plan.within` takes the fastest setting that fits. What a
 setting needs is found by going through the passes layer by layer (`Work.peak`) with the very cuts that attribution

@@ -1,7 +1,8 @@
-"""Which implementation runs: Triton's kernels for operands on a GPU, plain PyTorch for all others.
+"""Which implementation runs: Triton's kernels for operands on a GPU, compiled loops on a CPU, plain PyTorch elsewhere.
 
 A kernel is first tried on the device at hand (`trial`). Where it fails, or errs, plain PyTorch takes its place and a
-warning says so; who named the kernels gets an error instead. For float64 there is plain PyTorch alone.
+warning says so; who named the kernels gets an error instead. For float64 there is plain PyTorch alone, as there is
+where a processor has no vectors, or operands no dtype, that the loops were compiled for.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import reference, trial
+from . import native, reference, trial
 from .operands import Destination, Source
 from .rows import RowStatistics, bin_edges
 from .rows import row_statistics as reference_statistics
 
-Backend = Literal["reference", "triton"]
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+Backend = Literal["native", "reference", "triton"]
+BACKENDS: tuple[Backend, ...] = ("native", "reference", "triton")
 #: Names the backend for a whole process; an argument overrides it.
 VARIABLE = "EAPTK_BACKEND"
 #: Set to 1, tile sizes are timed (`autotune`).
@@ -40,8 +41,9 @@ def contract(
     """Scores of every real edge of every sample; see `reference.contract` for arguments, result and errors.
 
     Args:
-        backend: ``"reference"`` or ``"triton"``; by default what the environment variable ``EAPTK_BACKEND`` says,
-            else the kernels on a GPU if they pass their trial there, and the reference elsewhere.
+        backend: ``"native"``, ``"reference"`` or ``"triton"``; by default what the environment variable
+            ``EAPTK_BACKEND`` says, else the kernels on a GPU if they pass their trial there, the compiled loops on a
+            CPU if they take these operands, and the reference elsewhere.
         autotune: time the kernels' tile sizes on these operands, once a card, and keep the fastest (`autotune`); by
             default if the environment variable ``EAPTK_AUTOTUNE`` is 1.
 
@@ -53,6 +55,14 @@ def contract(
     held = [*(s.value for s in sources), *(d.gradient for d in destinations)]
     if named == "triton" and any(x.dtype == torch.float64 for x in held):
         raise ValueError("no Triton kernel for operands of float64; use backend='reference'")
+    if named in (None, "native"):
+        if native.takes(sources, destinations):
+            return native.contract(sources, destinations, lengths)
+        if named == "native":
+            raise ValueError(
+                "no compiled loop for these operands, or for this processor: they take float32 and bfloat16 on an "
+                "x86 one with AVX2; use backend='reference'"
+            )
     if named == "reference" or (named is None and not all(_on_gpu(x) for x in held)):
         return reference.contract(sources, destinations, lengths)
     reference.check(sources, destinations, lengths)
@@ -76,10 +86,10 @@ def row_statistics(
     """Moments, extremes and histogram of score rows; see `rows.row_statistics` for arguments and errors.
 
     Args:
-        backend: as of `contract`.
+        backend: as of `contract`, but for ``"native"``, which is the reference.
     """
     named = _named(backend)
-    if named == "reference" or (named is None and not _on_gpu(rows)):
+    if named in ("native", "reference") or (named is None and not _on_gpu(rows)):
         return reference_statistics(rows, bins, upper)
     bin_edges(rows, bins, upper)
     with torch.cuda.device_of(rows):
@@ -94,7 +104,7 @@ def _named(backend: Backend | None) -> Backend | None:
     if named not in BACKENDS:
         where = "backend" if backend else VARIABLE
         raise ValueError(f"{where} is {named!r}; it must be one of {', '.join(BACKENDS)}")
-    return "triton" if named == "triton" else "reference"
+    return named
 
 
 def _on_gpu(x: Tensor) -> bool:

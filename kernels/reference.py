@@ -1,4 +1,4 @@
-"""The contraction in plain PyTorch: the CPU path, and the specification of every faster one.
+"""The contraction in plain PyTorch: the specification of every faster one, and where none of these can run.
 
 For sample b, source row s and destination row d:
 
@@ -66,12 +66,12 @@ def contract(
     check(sources, destinations, lengths)
     operands = [*(s.value for s in sources), *(d.gradient for d in destinations)]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
-    device, width = operands[0].device, _width(sources[0])
+    device, width = operands[0].device, width_of(sources[0])
 
     chunk = chunk_tokens(sum(s.rows for s in sources), width)
     sources = read_by(sources, destinations)
-    source_weights = [_source_weight(s, dtype) for s in sources]
-    groups = _groups(destinations, dtype)
+    source_weights = [source_weight(s, dtype) for s in sources]
+    groups = groups_of(destinations, dtype)
     n_sources = sum(s.rows for s in sources)
     group_rows = max(group.rows for group in groups)
 
@@ -152,7 +152,7 @@ def group_starts(destinations: Sequence[tuple[Hashable, int]]) -> list[int]:
     return starts
 
 
-class _Reader:
+class Reader:
     """Consecutive destinations behind one norm: their gradients go back through it together."""
 
     def __init__(self, members: Sequence[Destination], dtype: torch.dtype) -> None:
@@ -203,10 +203,10 @@ class _Reader:
         out.addcmul_(along, normed, value=-1 / normed.shape[-1])
 
 
-class _Group:
+class Group:
     """Consecutive destinations contracted in one product."""
 
-    def __init__(self, readers: Sequence[_Reader]) -> None:
+    def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = readers
         members = [member for reader in readers for member in reader.members]
         self.reaches = torch.tensor([member.reach for member in members for _ in range(member.rows)])
@@ -226,21 +226,21 @@ def _statistics(norm: Norm, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     return mean, torch.rsqrt(size.square() / stream.shape[-1] + norm.eps)
 
 
-def _groups(destinations: Sequence[Destination], dtype: torch.dtype) -> list[_Group]:
+def groups_of(destinations: Sequence[Destination], dtype: torch.dtype) -> list[Group]:
     keys = [i if d.norm is None else (id(d.norm), d.weight is None) for i, d in enumerate(destinations)]
     starts = group_starts([(key, d.rows) for key, d in zip(keys, destinations, strict=True)])
     groups = []
     for start, end in zip(starts, [*starts[1:], len(destinations)], strict=True):
         readers = groupby(range(start, end), key=lambda i: keys[i])
-        groups.append(_Group([_Reader([destinations[i] for i in members], dtype) for _, members in readers]))
+        groups.append(Group([Reader([destinations[i] for i in members], dtype) for _, members in readers]))
     return groups
 
 
-def _width(source: Source) -> int:
+def width_of(source: Source) -> int:
     return (source.value if source.weight is None else source.weight).shape[-1]
 
 
-def _source_weight(source: Source, dtype: torch.dtype) -> Tensor | None:
+def source_weight(source: Source, dtype: torch.dtype) -> Tensor | None:
     if source.weight is None:
         return None
     weight = source.weight.to(dtype)
@@ -271,7 +271,7 @@ def check(sources: Sequence[Source], destinations: Sequence[Destination], length
     if not sources or not destinations:
         raise ValueError("a contraction needs at least one source and one destination")
     batch, time = sources[0].value.shape[:2]
-    width = _width(sources[0])
+    width = width_of(sources[0])
     device = sources[0].value.device
     if len(lengths) != batch or not all(0 < length <= time for length in lengths):
         raise ValueError(f"lengths {list(lengths)} do not fit {batch} samples of at most {time} tokens")

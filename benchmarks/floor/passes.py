@@ -246,7 +246,7 @@ def _contraction(case: Case, level: Granularity, seconds: float) -> dict[str, An
         yardstick: Callable[[], Any] = lambda: other.copy_(block)  # noqa: E731
     else:
         kind, amount = "product", sum(call.flops for call in calls)
-        # The reference multiplies in float32, whatever it is given.
+        # On a CPU products are of float32, whatever is given.
         dtype = calls[0].sources[0].value.dtype if DEVICE.type == "cuda" else torch.float32
         square = torch.ones(SQUARE, SQUARE, dtype=dtype, device=DEVICE)
         best = 2 * SQUARE**3
