@@ -13,7 +13,8 @@ namespace eaptk {
 
 namespace {
 
-// What is written once for vectors of any width is inlined into functions compiled for one.
+// What is written once for vectors of any width is inlined into functions compiled for one. GCC makes one operation,
+// rounded once, of a product and an addition; tests compare tiles of all sizes to the bit.
 #define EAPTK_INLINE inline __attribute__((always_inline))
 
 // An alias of a template would lose the attributes.
@@ -55,8 +56,8 @@ EAPTK_INLINE float sum(const Vector<lanes>& x) {
     }
 }
 
-// Registers' worth: products of m destinations and n sources are held while their rows go by; and of a run's tokens and c
-// vectors of columns while a head's dimensions do.
+// Registers' worth: products of m destinations and n sources are held while their rows go by; and of a run's tokens and
+// c vectors of columns while a head's dimensions do.
 template <int lanes>
 struct Tile;
 template <>
@@ -92,13 +93,14 @@ struct Row {
     const float* at(const Run& of) const { return data + of.sample * sample + of.token * token + of.index * run; }
 };
 
-// Scratch of some rows, [runs, rows, kTokens, padded(width)], all rows of a run together as they are read together. What
-// they are apart is no multiple of a page, or all would compete for the same few lines of a cache.
-struct Rows {
+// Scratch of some rows, [runs, rows, kTokens, padded(width)], all rows of a run together as they are read together.
+// What they are apart is no multiple of a page, or all would compete for the same few lines of a cache.
+struct RowScratch {
     float* data;
     std::int64_t row, run;  // strides
 
-    Rows(float* data, std::int64_t n_rows, std::int64_t width) : data(data), row(pitch(width)), run(n_rows * row) {}
+    RowScratch(float* data, std::int64_t n_rows, std::int64_t width)
+        : data(data), row(pitch(width)), run(n_rows * row) {}
     float* at(std::int64_t row_index, std::int64_t run_index) const { return data + row_index * row + run_index * run; }
 };
 
@@ -134,30 +136,11 @@ void scale(float by, std::int64_t n, float* x) {
 }
 
 EAPTK_CLONES
-void scale_each(const float* gain, float by, std::int64_t n, float* x) {
-    for (std::int64_t i = 0; i < n; ++i) x[i] *= by * gain[i];
-}
-
-EAPTK_CLONES
 void normalise(float mean, float rho, std::int64_t n, float* x) {
     for (std::int64_t i = 0; i < n; ++i) x[i] = (x[i] - mean) * rho;
 }
 
-EAPTK_CLONES
-void remove_mean(std::int64_t n, float* x) {
-    constexpr int lanes = 8;  // apart, so that no addition waits for the one before
-    double sums[lanes] = {}, total = 0;
-    std::int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        for (int j = 0; j < lanes; ++j) sums[j] += x[i + j];
-    }
-    for (; i < n; ++i) total += x[i];
-    for (const double sum : sums) total += sum;
-    const float mean = float(total / n);
-    for (i = 0; i < n; ++i) x[i] -= mean;
-}
-
-// As they are.
+// Whether it can be multiplied where it lies: a run's tokens one after the other, with nothing between them.
 bool is_direct(const Operand& x, std::int64_t width) {
     return !x.bfloat16 && width % kPadding == 0 && x.token == width;
 }
@@ -186,7 +169,7 @@ EAPTK_INLINE void expand_tile(const float* narrow, std::int64_t head_dim, const 
     }
 }
 
-// Rows of weight [head_dim, n_columns] into panels of [head_dim, columns], zero past the last column.
+// RowScratch of weight [head_dim, n_columns] into panels of [head_dim, columns], zero past the last column.
 template <int columns>
 EAPTK_INLINE void bring_together(const Weight& weight, const float* data, std::int64_t n_columns, float* panels) {
     constexpr int few = 4;
@@ -258,20 +241,28 @@ EAPTK_INLINE void expand(const float* narrow, std::int64_t n, const Weight& weig
     }
 }
 
-// x − x̂⟨x, x̂⟩/width of n tokens of a run, in place.
+// Gradients of n tokens of a run, ρ times those at a norm's output, become those at the stream that it reads, in place.
 template <int lanes>
-EAPTK_INLINE void remove_along(const float* normed, std::int64_t n, std::int64_t width, float* out) {
+EAPTK_INLINE void through_norm(const float* normed, const float* gain, bool centred, std::int64_t n, std::int64_t width,
+                               float* out) {
     const std::int64_t stride = padded(width);
+    constexpr int few = 2;  // sums, as an addition waits for the one before
     for (std::int64_t i = 0; i < n; ++i, normed += stride, out += stride) {
-        Vector<lanes> sums[4] = {};
+        Vector<lanes> products[few] = {}, sums[few] = {};
+        const auto add = [&](int j, std::int64_t k) __attribute__((always_inline)) {
+            const Vector<lanes> value = at<lanes>(out + k) * at<lanes>(gain + k);
+            at<lanes>(out + k) = value;
+            products[j] += value * at<lanes>(normed + k);
+            sums[j] += value;
+        };
         std::int64_t k = 0;
-        for (; k + 4 * lanes <= stride; k += 4 * lanes) {
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) sums[j] += at<lanes>(out + k + j * lanes) * at<lanes>(normed + k + j * lanes);
+        for (; k + few * lanes <= stride; k += few * lanes) {
+            for (int j = 0; j < few; ++j) add(j, k + j * lanes);
         }
-        for (; k < stride; k += lanes) sums[0] += at<lanes>(out + k) * at<lanes>(normed + k);
-        const float along = -sum<lanes>((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(width);
-        for (k = 0; k < stride; k += lanes) at<lanes>(out + k) += along * at<lanes>(normed + k);
+        for (; k < stride; k += lanes) add(0, k);
+        const float along = sum<lanes>(products[0] + products[1]) / float(width);
+        const float mean = centred ? sum<lanes>(sums[0] + sums[1]) / float(width) : 0;
+        for (k = 0; k < stride; k += lanes) at<lanes>(out + k) -= along * at<lanes>(normed + k) + mean;
     }
 }
 
@@ -358,9 +349,9 @@ EAPTK_INLINE void multiply(const Product& of, std::int64_t first, std::int64_t l
 
 struct Steps {
     void (*expand)(const float*, std::int64_t, const Weight&, const float*, std::int64_t, float*, float*, std::int64_t);
-    void (*remove_along)(const float*, std::int64_t, std::int64_t, float*);
+    void (*through_norm)(const float*, const float*, bool, std::int64_t, std::int64_t, float*);
     void (*multiply)(const Product&, std::int64_t, std::int64_t);
-    int step;  // sources of a tile
+    int tile_sources;
 };
 
 #define EAPTK_STEPS(name, lanes, features)                                                                         \
@@ -369,14 +360,14 @@ struct Steps {
         float* panels, float* out, std::int64_t run) {                                                             \
         expand<lanes>(narrow, n, weight, data, width, panels, out, run);                                           \
     }                                                                                                              \
-    __attribute__((target(features))) void remove_along_##name(const float* normed, std::int64_t n,          \
-                                                               std::int64_t width, float* out) {               \
-        remove_along<lanes>(normed, n, width, out);                                                                   \
+    __attribute__((target(features))) void through_norm_##name(const float* normed, const float* gain, bool centred, \
+                                                               std::int64_t n, std::int64_t width, float* out) {   \
+        through_norm<lanes>(normed, gain, centred, n, width, out);                                                 \
     }                                                                                                              \
     __attribute__((target(features))) void multiply_##name(const Product& of, std::int64_t first, std::int64_t last) { \
         multiply<lanes>(of, first, last);                                                                          \
     }                                                                                                              \
-    constexpr Steps name{expand_##name, remove_along_##name, multiply_##name, Tile<lanes>::n};
+    constexpr Steps name{expand_##name, through_norm_##name, multiply_##name, Tile<lanes>::n};
 
 EAPTK_STEPS(avx512, 16, "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
 EAPTK_STEPS(avx2, 8, "avx2,fma")
@@ -395,15 +386,15 @@ struct Part {
     std::int64_t size() const { return last - first; }
 };
 
-
 class Contraction {
    public:
     Contraction(const std::vector<Source>& sources, const std::vector<Group>& groups, std::int64_t width,
                 const Scratch& scratch, int threads, int lanes)
-        : width_(width), stride_(padded(width)), scratch_(scratch), threads_(threads), steps_(lanes == 16 ? avx512 : avx2), team_(threads) {
+        : width_(width), stride_(padded(width)), scratch_(scratch), threads_(threads),
+          steps_(lanes == 16 ? avx512 : avx2), team_(threads) {
         std::int64_t most = 1, n_rows = 0;
         for (const Source& source : sources) n_rows += source.rows;
-        sources_ = Rows(scratch.sources, n_rows, width);
+        sources_ = RowScratch(scratch.sources, n_rows, width);
         for (const Source& source : sources) {
             for (std::int64_t row = 0; row < source.rows; ++row) {
                 const bool direct = !source.weight.data && !source.replacement.data && is_direct(source.value, width);
@@ -413,7 +404,9 @@ class Contraction {
             if (source.weight.data) most = std::max(most, source.weight.head_dim);
         }
         for (const Group& group : groups) {
-            for (const Reader& reader : group) most = std::max(most, reader.weight.head_dim);
+            for (const Reader& reader : group) {
+                for (const Gradient& gradient : reader.gradients) most = std::max(most, gradient.weight.head_dim);
+            }
             groups_.push_back(prepared(group));
             groups_.back().offset = size_;
             size_ += std::int64_t(groups_.back().rows.size()) * groups_.back().reach;
@@ -439,18 +432,18 @@ class Contraction {
     struct WrittenGradient {
         const Reader* reader;
         const Gradient* gradient;
-        std::int64_t reader_index, row, row_of_weight, place;
+        std::int64_t reader_index, row, place;
     };
     struct Prepared {
         const Group& readers;
-        Rows gradients, normed;
+        RowScratch gradients, normed;
         std::vector<WrittenGradient> written;
         std::vector<Row> rows;
         std::vector<std::int64_t> reaches;
         std::int64_t reach, offset;
     };
 
-    static Row row_of(bool direct, const Operand& x, const Rows& scratch, std::int64_t place) {
+    static Row row_of(bool direct, const Operand& x, const RowScratch& scratch, std::int64_t place) {
         if (direct) return {static_cast<const float*>(x.data), x.sample, x.token, 0};
         return {scratch.at(place, 0), 0, 0, scratch.run};
     }
@@ -464,16 +457,14 @@ class Contraction {
                      {},    {},                                   {},
                      0,     0};
         for (const Reader& reader : group) {
-            std::int64_t first = 0;
             for (const Gradient& gradient : reader.gradients) {
                 for (std::int64_t row = 0; row < gradient.rows; ++row) {
                     const bool direct = !reader.stream.data && is_direct(gradient.value, width_);
                     const std::int64_t index = out.rows.size();
-                    if (!direct) out.written.push_back({&reader, &gradient, &reader - group.data(), row, first + row, index});
+                    if (!direct) out.written.push_back({&reader, &gradient, &reader - group.data(), row, index});
                     out.rows.push_back(row_of(direct, gradient.value, out.gradients, index));
                     out.reaches.push_back(gradient.reach);
                 }
-                first += gradient.rows;
             }
         }
         out.reach = out.reaches.back();
@@ -512,7 +503,8 @@ class Contraction {
             const Product product{group.rows,  rows_, group.reaches, chunk, stride_, out + group.offset,
                                   group.reach, size_, first};
             // Few tasks, as each reads all destinations.
-            const std::int64_t step = divided_up(divided_up(group.reach, kTasks * threads_), steps_.step) * steps_.step;
+            const std::int64_t tiles = divided_up(divided_up(group.reach, kTasks * threads_), steps_.tile_sources);
+            const std::int64_t step = tiles * steps_.tile_sources;
             team_.phase(divided_up(group.reach, step), [&](std::int64_t task) {
                 steps_.multiply(product, task * step, std::min(group.reach, (task + 1) * step));
             });
@@ -536,13 +528,14 @@ class Contraction {
             if (source.weight.data) narrow += kTokens * n;
         }
         if (source.weight.data) {
-            steps_.expand(member.narrow.data(), part.size(), source.weight, source.weight.data + of.row * source.weight.row, width_,
-                          member.panels.data(), sources_.at(of.place, part.first->index), sources_.run);
+            const float* const weight = source.weight.data + of.row * source.weight.row;
+            steps_.expand(member.narrow.data(), part.size(), source.weight, weight, width_, member.panels.data(),
+                          sources_.at(of.place, part.first->index), sources_.run);
         }
     }
 
     // x̂ of some runs.
-    void write_normed(const Reader& reader, const Rows& normed, std::int64_t place, const Part& part) const {
+    void write_normed(const Reader& reader, const RowScratch& normed, std::int64_t place, const Part& part) const {
         if (!reader.stream.data) return;
         for (const Run& run : part) {
             float* row = normed.at(place, run.index);
@@ -558,33 +551,26 @@ class Contraction {
     void write_gradient(const Prepared& group, const WrittenGradient& of, const Part& part, Member& member) const {
         const Reader& reader = *of.reader;
         const Operand& value = of.gradient->value;
-        const std::int64_t n = reader.weight.data ? reader.weight.head_dim : width_;
+        const Weight& weight = of.gradient->weight;
+        const std::int64_t n = weight.data ? weight.head_dim : width_;
         float* narrow = member.narrow.data();
         for (const Run& run : part) {
-            float* row = reader.weight.data ? narrow : group.gradients.at(of.place, run.index);
-            for (std::int64_t i = 0; i < run.n_tokens; ++i, row += reader.weight.data ? n : stride_) {
+            float* row = weight.data ? narrow : group.gradients.at(of.place, run.index);
+            for (std::int64_t i = 0; i < run.n_tokens; ++i, row += weight.data ? n : stride_) {
                 read(value, index_of(value, run, i, of.row), n, row);
-                if (reader.stream.data) {
-                    const float rho = reader.rho[run.sample * reader.n_tokens + run.token + i];
-                    if (reader.weight.data) {
-                        scale(rho, n, row);
-                    } else {
-                        scale_each(reader.gain, rho, n, row);
-                        if (reader.mean) remove_mean(n, row);
-                    }
-                }
-                if (!reader.weight.data) std::fill(row + n, row + stride_, 0.0f);
+                if (reader.stream.data) scale(reader.rho[run.sample * reader.n_tokens + run.token + i], n, row);
+                if (!weight.data) std::fill(row + n, row + stride_, 0.0f);
             }
-            if (reader.weight.data) narrow += kTokens * n;
+            if (weight.data) narrow += kTokens * n;
         }
-        if (reader.weight.data) {
-            steps_.expand(member.narrow.data(), part.size(), reader.weight, reader.weight.data + of.row_of_weight * reader.weight.row, width_,
+        if (weight.data) {
+            steps_.expand(member.narrow.data(), part.size(), weight, weight.data + of.row * weight.row, width_,
                           member.panels.data(), group.gradients.at(of.place, part.first->index), group.gradients.run);
         }
         if (!reader.stream.data) return;
         for (const Run& run : part) {
-            steps_.remove_along(group.normed.at(of.reader_index, run.index), run.n_tokens, width_,
-                                group.gradients.at(of.place, run.index));
+            steps_.through_norm(group.normed.at(of.reader_index, run.index), reader.gain, reader.mean, run.n_tokens,
+                                width_, group.gradients.at(of.place, run.index));
         }
     }
 
@@ -593,7 +579,7 @@ class Contraction {
     const int threads_;
     const Steps& steps_;
     Team team_;
-    Rows sources_{nullptr, 0, 0};
+    RowScratch sources_{nullptr, 0, 0};
     std::vector<Row> rows_;
     std::vector<WrittenSource> written_;
     std::vector<Prepared> groups_;

@@ -1,4 +1,5 @@
-// Scores of edges on a processor with wide vectors: pure C++, no Python, no torch. Arguments are validated by the caller.
+// Scores of edges on a processor with wide vectors: pure C++, no Python, no torch. Arguments are validated by the
+// caller.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +7,8 @@
 
 namespace eaptk {
 
-// [samples, tokens, rows, columns] of float32 or bfloat16. Strides count elements and are 0 along what is broadcast; the
-// last one is 1.
+// [samples, tokens, rows, columns] of float32 or bfloat16. Strides count elements and are 0 along what is broadcast;
+// the last one is 1.
 struct Operand {
     const void* data;  // null: not there
     bool bfloat16;
@@ -27,20 +28,21 @@ struct Source {
     std::int64_t rows;
 };
 
-// Gradients of one or more rows, and the sources they read: the first `reach`.
+// Gradients of one or more rows, [samples, tokens, 1, width] or before the projection that is `weight`, and the sources
+// they read: the first `reach`.
 struct Gradient {
     Operand value;
+    Weight weight;
     std::int64_t rows, reach;
 };
 
 // Destinations behind one norm, or one that is behind none.
 struct Reader {
     std::vector<Gradient> gradients;
-    Weight weight;            // of all their rows, with the norm's gain and the mean's removal
     Operand stream;           // what the norm reads, [samples, tokens, 1, width]; null: no norm
     const float *mean, *rho;  // [samples, tokens], mean null where none is removed
     std::int64_t n_tokens;    // of these two
-    const float* gain;        // [width], where there is no weight
+    const float* gain;        // [padded(width)]
 };
 
 // Destinations that are contracted in one product.
@@ -61,8 +63,8 @@ inline std::int64_t padded(std::int64_t width) { return (width + kPadding - 1) /
 inline std::int64_t pitch(std::int64_t width) { return kTokens * padded(width) + kPadding; }
 
 // Adds ⟨G_d, O_s⟩, over the tokens of each sample, into out: of each sample, of each group, [rows, reach of its last].
-// Where a source has a replacement it is ⟨G_d, O'_s − O_s⟩. `lanes` is one of `lanes()`; samples are `first` and those after it, of `lengths` tokens.
-// A score's additions are in one order that depends on its own operands alone.
+// Where a source has a replacement it is ⟨G_d, O'_s − O_s⟩. Samples are `first` and those after it, of `lengths`
+// tokens; `lanes` is one of `lanes()`. A score's additions are in one order that depends on its own operands alone.
 void contract(const std::vector<Source>& sources, const std::vector<Group>& groups, std::int64_t first,
               const std::vector<std::int64_t>& lengths, std::int64_t width, const Scratch& scratch, int threads, int lanes,
               double* out);

@@ -116,21 +116,22 @@ PYBIND11_MODULE(_native, module) {
              }),
              "value"_a, "replacement"_a, "weight"_a, "rows"_a);
     py::class_<eaptk::Gradient>(module, "Gradient")
-        .def(py::init([](const eaptk::Operand& value, std::int64_t rows, std::int64_t reach) {
-                 return eaptk::Gradient{value, rows, reach};
+        .def(py::init([](const eaptk::Operand& value, const eaptk::Weight& weight, std::int64_t rows,
+                         std::int64_t reach) {
+                 return eaptk::Gradient{value, weight, rows, reach};
              }),
-             "value"_a, "rows"_a, "reach"_a);
+             "value"_a, "weight"_a, "rows"_a, "reach"_a);
     py::class_<eaptk::Reader>(module, "Reader")
-        .def(py::init([](const std::vector<eaptk::Gradient>& gradients, const eaptk::Weight& weight,
-                         const eaptk::Operand& stream, Address mean, Address rho, std::int64_t n_tokens, Address gain) {
-                 return eaptk::Reader{gradients,       weight,         stream,
-                                      at<float>(mean), at<float>(rho), n_tokens, at<float>(gain)};
+        .def(py::init([](const std::vector<eaptk::Gradient>& gradients, const eaptk::Operand& stream,
+                         Address mean, Address rho, std::int64_t n_tokens, Address gain) {
+                 return eaptk::Reader{gradients, stream, at<float>(mean), at<float>(rho), n_tokens, at<float>(gain)};
              }),
-             "gradients"_a, "weight"_a, "stream"_a, "mean"_a, "rho"_a, "n_tokens"_a, "gain"_a);
+             "gradients"_a, "stream"_a, "mean"_a, "rho"_a, "n_tokens"_a, "gain"_a);
     module.def("contract", &contract, "sources"_a, "groups"_a, "first"_a, "lengths"_a, "width"_a, "written"_a,
                "gradients"_a, "normed"_a, "runs"_a, "threads"_a, "lanes"_a,
                "out"_a);
     module.attr("TOKENS") = eaptk::kTokens;
+    module.def("padded", &eaptk::padded, "width"_a);
     module.def("pitch", &eaptk::pitch, "width"_a);
     module.def("lanes", &eaptk::lanes);
 }

@@ -52,15 +52,14 @@ class Source:
     def __init__(self, value: Operand, replacement: Operand, weight: Weight, rows: int) -> None: ...
 
 class Gradient:
-    def __init__(self, value: Operand, rows: int, reach: int) -> None: ...
+    def __init__(self, value: Operand, weight: Weight, rows: int, reach: int) -> None: ...
 
 class Reader:
-    """Destinations behind one norm; mean, rho [samples, n_tokens] and gain [width] are addresses of float32."""
+    """Destinations behind one norm; mean, rho [samples, n_tokens] and gain [padded(width)] are addresses of float32."""
 
     def __init__(
         self,
         gradients: Sequence[Gradient],
-        weight: Weight,
         stream: Operand,
         mean: int,
         rho: int,
@@ -88,6 +87,9 @@ def contract(
         written, gradients, normed: room for runs · pitch(width) floats of every source, of the rows of any group, and
             of the readers of any.
     """
+
+def padded(width: int) -> int:
+    """Floats of a row that a token takes."""
 
 def pitch(width: int) -> int:
     """Floats of scratch that a row takes in a run of `TOKENS` tokens."""

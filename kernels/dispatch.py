@@ -55,15 +55,16 @@ def contract(
     held = [*(s.value for s in sources), *(d.gradient for d in destinations)]
     if named == "triton" and any(x.dtype == torch.float64 for x in held):
         raise ValueError("no Triton kernel for operands of float64; use backend='reference'")
-    if named in (None, "native"):
-        if native.takes(sources, destinations):
-            return native.contract(sources, destinations, lengths)
-        if named == "native":
+    if named is None and not all(_on_gpu(x) for x in held):
+        named = "native" if native.takes(sources, destinations) else "reference"
+    if named == "native":
+        if not native.takes(sources, destinations):
             raise ValueError(
                 "no compiled loop for these operands, or for this processor: they take float32 and bfloat16 on an "
                 "x86 one with AVX2; use backend='reference'"
             )
-    if named == "reference" or (named is None and not all(_on_gpu(x) for x in held)):
+        return native.contract(sources, destinations, lengths)
+    if named == "reference":
         return reference.contract(sources, destinations, lengths)
     reference.check(sources, destinations, lengths)
     weights = [*(s.weight for s in sources), *(d.weight for d in destinations)]

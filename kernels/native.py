@@ -45,6 +45,8 @@ def contract(
         lanes: float32 numbers in a vector, one of those that the processor has; the most by default.
     """
     reference.check(sources, destinations, lengths)
+    if lanes not in (None, *_native.lanes()):
+        raise ValueError(f"no vectors of {lanes} here; there are those of {_native.lanes()}")
     width = reference.width_of(sources[0])
     chunk = reference.chunk_tokens(sum(s.rows for s in sources), width)
     sources = reference.read_by(sources, destinations)
@@ -54,15 +56,15 @@ def contract(
     readers = [[addresses.reader(reader) for reader in group.readers] for group in groups]
     n_runs = min(chunk // _native.TOKENS, sum(cdiv(length, _native.TOKENS) for length in lengths))
     size = n_runs * _native.pitch(width)
-    written = torch.empty(size * sum(source.rows for source in sources))
-    gradients = torch.empty(size * max(group.rows for group in groups))
-    normed = torch.empty(size * max(len(group.readers) for group in groups))
+    written = _float32(size * sum(source.rows for source in sources))
+    gradients = _float32(size * max(group.rows for group in groups))
+    normed = _float32(size * max(len(group.readers) for group in groups))
 
     n_products = sum(group.rows * group.reach for group in groups)
-    real = torch.cat([group.real() for group in groups]).nonzero().flatten()
-    scores = torch.empty(len(lengths), len(real))
+    real = torch.cat([group.real() for group in groups]).nonzero().flatten().cpu()
+    scores = _float32(len(lengths), len(real))
     for samples in packs(lengths, chunk):
-        sums = torch.zeros(samples.stop - samples.start, n_products, dtype=torch.float64)
+        sums = torch.zeros(samples.stop - samples.start, n_products, dtype=torch.float64, device="cpu")
         _native.contract(
             given,
             readers,
@@ -82,7 +84,7 @@ def contract(
 
 
 def packs(lengths: Sequence[int], chunk: int) -> Iterator[slice]:
-    """Neighbouring samples that fill no more than a chunk together."""
+    """Neighbouring samples that fill no more than a chunk together, as all have sums of their own at one time."""
     first = tokens = 0
     for i, length in enumerate(lengths):
         if tokens and tokens + length > chunk:
@@ -90,6 +92,11 @@ def packs(lengths: Sequence[int], chunk: int) -> Iterator[slice]:
             first, tokens = i, 0
         tokens += length
     yield slice(first, len(lengths))
+
+
+def _float32(*shape: int) -> Tensor:
+    """Whatever the default dtype and device are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 class _Addresses:
@@ -106,15 +113,21 @@ class _Addresses:
         return _native.Source(self._operand(source.value), self._operand(replacement), weight, source.rows)
 
     def reader(self, reader: reference.Reader) -> _native.Reader:
-        norm = reader.norm
+        gradients = [
+            _native.Gradient(self._operand(m.gradient), self._weight(m.weight), m.rows, m.reach)
+            for m in reader.members
+        ]
+        norm, gain = reader.norm, None
+        if norm is not None:
+            width = len(norm.gain)
+            gain = torch.nn.functional.pad(norm.gain.float(), (0, _native.padded(width) - width))
         return _native.Reader(
-            [_native.Gradient(self._operand(m.gradient), m.rows, m.reach) for m in reader.members],
-            self._weight(reader.weight),
+            gradients,
             self._operand(None if norm is None else norm.stream),
-            mean=self._of(None if norm is None else reader.mean),
-            rho=self._of(None if norm is None else reader.rho),
+            mean=self._of(reader.mean),
+            rho=self._of(reader.rho),
             n_tokens=reader.members[0].gradient.shape[1],
-            gain=self._of(None if norm is None else norm.gain.float().contiguous()),
+            gain=self._of(gain),
         )
 
     def _operand(self, x: Tensor | None) -> _native.Operand:
@@ -129,7 +142,7 @@ class _Addresses:
         """Of [rows, head_dim, width]."""
         if x is None:
             return _native.Weight(0, 0, 0, 0, 0)
-        x = x if 1 in x.stride()[1:] else x.contiguous()
+        x = x.float() if 1 in x.stride()[1:] else x.float().contiguous()
         return _native.Weight(self._of(x), x.shape[1], *x.stride())
 
     def _of(self, x: Tensor | None) -> int:

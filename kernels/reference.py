@@ -24,6 +24,7 @@ destinations may come in several calls, cut where `group_starts` says, and the b
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from itertools import accumulate, groupby
 from math import gcd
 
@@ -159,20 +160,27 @@ class Reader:
         self.members = members
         self.norm = members[0].norm
         self.rows = sum(member.rows for member in members)
-        #: [rows, head_dim, D], with the norm's gain, and the removal of the mean, folded in.
-        self.weight: Tensor | None = None
-        if members[0].weight is not None:
-            assert self.norm is not None
-            weights = [member.weight for member in members if member.weight is not None]
-            self.weight = weights[0].new_empty(self.rows, *weights[0].shape[1:], dtype=dtype)
-            shares = self.weight.split([member.rows for member in members])
-            for share, weight in zip(shares, weights, strict=True):
-                torch.mul(weight.to(dtype), self.norm.gain.to(dtype), out=share)
-            if self.norm.centred:
-                self.weight -= self.weight.mean(-1, keepdim=True)
+        #: [B, T, 1], and the mean that goes before it; None without a norm.
+        self.mean: Tensor | None = None
+        self.rho: Tensor | None = None
+        self._dtype = dtype
         if self.norm is not None:
-            #: [B, T, 1], and the mean that goes before it.
             self.mean, self.rho = _statistics(self.norm, dtype)
+
+    @cached_property
+    def weight(self) -> Tensor | None:
+        """[rows, head_dim, D], with the norm's gain, and the removal of the mean, folded in."""
+        weights = [member.weight for member in self.members if member.weight is not None]
+        if not weights:
+            return None
+        assert self.norm is not None
+        folded = weights[0].new_empty(self.rows, *weights[0].shape[1:], dtype=self._dtype)
+        shares = folded.split([member.rows for member in self.members])
+        for share, weight in zip(shares, weights, strict=True):
+            torch.mul(weight.to(self._dtype), self.norm.gain.to(self._dtype), out=share)
+        if self.norm.centred:
+            folded -= folded.mean(-1, keepdim=True)
+        return folded
 
     def expand(self, part: tuple[slice, slice], out: Tensor, spare: Tensor) -> None:
         """Write G of a part of samples and tokens into out [rows, b, t, D]; spare is scratch of its shape."""
@@ -181,6 +189,7 @@ class Reader:
             for row, member in zip(out, self.members, strict=True):
                 row.copy_(member.gradient[part])
             return
+        assert self.rho is not None
         rho = self.rho[part]
         normed = norm.stream[part].to(out.dtype)
         normed = (normed if self.mean is None else normed - self.mean[part]) * rho
@@ -209,13 +218,14 @@ class Group:
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = readers
         members = [member for reader in readers for member in reader.members]
-        self.reaches = torch.tensor([member.reach for member in members for _ in range(member.rows)])
+        reaches = [member.reach for member in members for _ in range(member.rows)]
+        self.reaches = torch.tensor(reaches, device="cpu")
         self.rows = len(self.reaches)
         self.reach = members[-1].reach
 
     def real(self) -> Tensor:
         """[rows·reach] bool: which products of the group are edges."""
-        return (torch.arange(self.reach) < self.reaches[:, None]).flatten()
+        return (torch.arange(self.reach, device="cpu") < self.reaches[:, None]).flatten()
 
 
 def _statistics(norm: Norm, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
@@ -294,7 +304,12 @@ def check(sources: Sequence[Source], destinations: Sequence[Destination], length
         if destination.weight is not None and destination.norm is None:
             raise ValueError(f"{name}: a projection's weight needs the norm before it")
         if destination.norm is not None:
-            _check_operand(f"{name}'s stream", destination.norm.stream, None, (batch, time), width, device)
+            norm = destination.norm
+            _check_operand(f"{name}'s stream", norm.stream, None, (batch, time), width, device)
+            if norm.gain.shape != (width,) or norm.gain.device != device:
+                raise ValueError(
+                    f"{name}'s gain: {tuple(norm.gain.shape)} on {norm.gain.device}, not ({width},) on {device}"
+                )
 
 
 def _check_operand(

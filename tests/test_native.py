@@ -13,7 +13,7 @@ from test_kernels import by_definition
 from torch import Tensor
 
 from eaptk import _native
-from eaptk.kernels import Destination, Norm, Source, contract, native
+from eaptk.kernels import Destination, Norm, Source, contract, native, reference
 
 LANES = _native.lanes()
 
@@ -103,6 +103,44 @@ def test_the_bits_are_the_same_for_any_threads_neighbours_and_groups(lanes: int)
     for i, length in enumerate(lengths):
         alone = [one(each, i) for each in sources], [one(each, i) for each in destinations]
         assert torch.equal(native.contract(*alone, [length], lanes), together[i : i + 1])
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("tokens", [4, 8, 64])
+def test_the_bits_are_the_same_however_tokens_and_destinations_are_cut(
+    lanes: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, lengths = operands(4, 70, 80, 6, 16, layers=3), [70, 5, 66, 1]
+    whole = native.contract(*given, lengths, lanes)
+    monkeypatch.setattr(reference, "SCRATCH", 0)
+    monkeypatch.setattr(reference, "MIN_TOKENS", tokens)
+    monkeypatch.setattr(reference, "GROUP_HEADS", tokens)
+    assert torch.equal(native.contract(*given, lengths, lanes), whole)
+    assert relative_error(whole, by_definition(*given, lengths)) < 1e-6
+
+
+def test_the_default_dtype_and_device_do_not_matter() -> None:
+    given = operands(1, 8, 32, 2, 16)
+    before = native.contract(*given, [8])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(native.contract(*given, [8]), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (31,)])
+def test_a_gain_of_another_width_is_named(shape: tuple[int, ...]) -> None:
+    sources, destinations = operands(1, 8, 32, 2, 16)
+    norm = Norm(torch.randn(1, 8, 32), torch.randn(shape), 1e-5, True)
+    with pytest.raises(ValueError, match="destination 0's gain"):
+        native.contract(sources, [Destination(torch.randn(1, 8, 32), 1, norm=norm), *destinations], [8])
+
+
+def test_vectors_that_are_not_there_are_named() -> None:
+    with pytest.raises(ValueError, match="no vectors of 3"):
+        native.contract(*operands(1, 8, 32, 2, 16), [8], lanes=3)
 
 
 def test_what_lies_behind_a_sample_does_not_matter() -> None:
