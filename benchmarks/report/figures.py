@@ -46,9 +46,9 @@ def floor_figure(cases: list[dict[str, Any]]) -> Figure:
         title = f"{level} level"
         for target in {each["target"] for each in found} - {None}:
             axes.axvline(target, color=INK, lw=0.8, ls="--")
-            title += f", at most {target:.2f} wanted from 256 tokens on"
+            title += f"\nat most {target:.2f} wanted from 256 tokens on"
         axes.axvline(1, color="0.7", lw=0.8)
-        axes.set_title(title)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("times the bare forward and backward pass")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     panels[0].set_yticks(places, [case["name"] for case in shown], fontsize=7)

@@ -94,6 +94,11 @@ def _verdict(cases: list[dict[str, Any]]) -> str:
         line += f"{len(judged)} cases of {LEAST_TOKENS} tokens or more keep it"
         for said in ("undecided", "missed"):
             line += f"; {said}: {', '.join(by_verdict[said])}" if by_verdict[said] else ""
+        shares = [
+            case[level]["contraction"]["seconds"]["median"] / case["bare"]["seconds"]["median"]
+            for case in judged
+        ]
+        line += f". The contraction by itself takes {min(shares):.1%} to {max(shares):.1%} of the bare passes' time"
         lines.append(line + ".")
     return "\n".join(lines)
 
