@@ -4,94 +4,14 @@
 #include <cstring>
 
 #include "kernel.hpp"
-#include "sweep.hpp"
+#include "steps.hpp"
 #include "team.hpp"
 
 namespace eaptk {
-
-#if EAPTK_AVX512
-
 namespace {
 
-// What is written once for vectors of any width is inlined into functions compiled for one. GCC makes one operation,
-// rounded once, of a product and an addition; tests compare tiles of all sizes to the bit.
-#define EAPTK_INLINE inline __attribute__((always_inline))
-
-// An alias of a template would lose the attributes.
-template <int lanes>
-struct Lanes;
-template <>
-struct Lanes<16> {
-    typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
-};
-template <>
-struct Lanes<8> {
-    typedef float type __attribute__((vector_size(32), aligned(4), may_alias));
-};
-template <>
-struct Lanes<4> {
-    typedef float type __attribute__((vector_size(16), aligned(4), may_alias));
-};
-template <int lanes>
-using Vector = typename Lanes<lanes>::type;
-
-template <int lanes>
-EAPTK_INLINE Vector<lanes>& at(float* x) {
-    return *reinterpret_cast<Vector<lanes>*>(x);
-}
-
-template <int lanes>
-EAPTK_INLINE const Vector<lanes>& at(const float* x) {
-    return *reinterpret_cast<const Vector<lanes>*>(x);
-}
-
-template <int lanes>
-EAPTK_INLINE float sum(const Vector<lanes>& x) {
-    if constexpr (lanes == 4) {
-        return (x[0] + x[2]) + (x[1] + x[3]);
-    } else {
-        Vector<lanes / 2> halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        return sum<lanes / 2>(halves[0] + halves[1]);
-    }
-}
-
-// Registers' worth: products of m destinations and n sources are held while their rows go by; and of a run's tokens and
-// c vectors of columns while a head's dimensions do.
-template <int lanes>
-struct Tile;
-template <>
-struct Tile<16> {
-    static constexpr int m = 5, n = 5, c = 4;
-};
-template <>
-struct Tile<8> {
-    static constexpr int m = 3, n = 3, c = 2;
-};
-
-// Floats of a row that are added up in float32, about: two tiles' worth stay near the core.
-constexpr int kPiece = 1536;
-constexpr int kPart = 16;     // runs of a head that are one task
-constexpr int kPanels = 128;  // columns
-constexpr int kLine = 16;     // floats that memory delivers at once
-constexpr int kTasks = 2;     // of a product, a thread
-
-std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Some tokens of one sample, and which run of the chunk they are.
-struct Run {
-    std::int64_t sample, token, n_tokens, index;
-};
-
-using Chunk = std::vector<Run>;
-
-// Where a row's runs lie: in scratch, or in the operand itself where that needs no change.
-struct Row {
-    const float* data;
-    std::int64_t sample, token, run;  // strides
-
-    const float* at(const Run& of) const { return data + of.sample * sample + of.token * token + of.index * run; }
-};
+constexpr int kPart = 16;  // runs of a head that are one task
+constexpr int kTasks = 2;  // of a product, a thread
 
 // Scratch of some rows, [runs, rows, kTokens, padded(width)], all rows of a run together as they are read together.
 // What they are apart is no multiple of a page, or all would compete for the same few lines of a cache.
@@ -145,233 +65,6 @@ bool is_direct(const Operand& x, std::int64_t width) {
     return !x.bfloat16 && width % kPadding == 0 && x.token == width;
 }
 
-// narrow [kTokens, head_dim] · panel [head_dim, c vectors] into out [kTokens, *]; of a row `n_vectors` are stored.
-template <int lanes, int c>
-EAPTK_INLINE void expand_tile(const float* narrow, std::int64_t head_dim, const float* panel, float* out,
-                              std::int64_t stride, int n_vectors) {
-    Vector<lanes> sums[kTokens][c] = {};
-    for (std::int64_t k = 0; k < head_dim; ++k) {
-        Vector<lanes> weight[c];
-#pragma GCC unroll 8
-        for (int j = 0; j < c; ++j) weight[j] = at<lanes>(panel + (k * c + j) * lanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kTokens; ++i) {
-#pragma GCC unroll 8
-            for (int j = 0; j < c; ++j) sums[i][j] += narrow[i * head_dim + k] * weight[j];
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kTokens; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < c; ++j) {
-            if (j < n_vectors) at<lanes>(out + i * stride + j * lanes) = sums[i][j];
-        }
-    }
-}
-
-// RowScratch of weight [head_dim, n_columns] into panels of [head_dim, columns], zero past the last column.
-template <int columns>
-EAPTK_INLINE void bring_together(const Weight& weight, const float* data, std::int64_t n_columns, float* panels) {
-    constexpr int few = 4;
-    const std::int64_t head_dim = weight.head_dim, fours = head_dim % few == 0 ? n_columns / few * few : 0;
-    for (std::int64_t first = 0; first < n_columns; first += columns, panels += head_dim * columns) {
-        const std::int64_t real = std::min<std::int64_t>(columns, n_columns - first);
-        const float* const here = data + first * weight.column;
-        std::int64_t j = 0;
-        if (weight.column == 1) {
-            for (std::int64_t k = 0; k < head_dim; ++k) {
-                std::memcpy(panels + k * columns, here + k * weight.dimension, real * sizeof(float));
-            }
-            j = real;
-        }
-        for (; first + j + few <= fours && j + few <= real; j += few) {
-            for (std::int64_t k = 0; k < head_dim; k += few) {
-                typedef int Order __attribute__((vector_size(16)));
-                Vector<few> in[few];
-                for (int i = 0; i < few; ++i) in[i] = at<few>(here + (j + i) * weight.column + k);
-                const Vector<few> a = __builtin_shuffle(in[0], in[1], Order{0, 4, 1, 5});
-                const Vector<few> b = __builtin_shuffle(in[0], in[1], Order{2, 6, 3, 7});
-                const Vector<few> c = __builtin_shuffle(in[2], in[3], Order{0, 4, 1, 5});
-                const Vector<few> d = __builtin_shuffle(in[2], in[3], Order{2, 6, 3, 7});
-                at<few>(panels + (k + 0) * columns + j) = __builtin_shuffle(a, c, Order{0, 1, 4, 5});
-                at<few>(panels + (k + 1) * columns + j) = __builtin_shuffle(a, c, Order{2, 3, 6, 7});
-                at<few>(panels + (k + 2) * columns + j) = __builtin_shuffle(b, d, Order{0, 1, 4, 5});
-                at<few>(panels + (k + 3) * columns + j) = __builtin_shuffle(b, d, Order{2, 3, 6, 7});
-            }
-        }
-        for (; j < columns; ++j) {
-            for (std::int64_t k = 0; k < head_dim; ++k) {
-                panels[k * columns + j] = j < real ? here[j * weight.column + k * weight.dimension] : 0;
-            }
-        }
-    }
-}
-
-// What a processor cannot foresee: some line of the next columns' weights.
-EAPTK_INLINE void fetch(const Weight& weight, const float* data, std::int64_t n_columns, std::int64_t line) {
-    const bool by_row = weight.column == 1;
-    const std::int64_t lines = divided_up(by_row ? n_columns : weight.head_dim, kLine);
-    __builtin_prefetch(data + line / lines * (by_row ? weight.dimension : weight.column) + line % lines * kLine);
-}
-
-// narrow [n, kTokens, head_dim] · a row of weight, `data`, into out, [kTokens, padded(width)] each `run` floats. A head's
-// weights are brought together `kPanels` columns at a time, as they lie pages apart.
-template <int lanes>
-EAPTK_INLINE void expand(const float* narrow, std::int64_t n, const Weight& weight, const float* data,
-                         std::int64_t width, float* panels, float* out, std::int64_t run) {
-    constexpr int c = Tile<lanes>::c, columns = c * lanes;
-    static_assert(kPanels % columns == 0);
-    const std::int64_t stride = padded(width), head_dim = weight.head_dim;
-    for (std::int64_t first = 0; first < stride; first += kPanels) {
-        const std::int64_t n_columns = std::min<std::int64_t>(kPanels, stride - first);
-        bring_together<columns>(weight, data + first * weight.column, std::min(n_columns, width - first), panels);
-        const std::int64_t n_next = std::clamp<std::int64_t>(width - first - kPanels, 0, kPanels);
-        const std::int64_t lines = n_next * head_dim / kLine, share = divided_up(lines * columns, n_columns * n);
-        std::int64_t line = 0;
-        for (std::int64_t j = 0; j < n_columns; j += columns) {
-            const int n_vectors = int(std::min<std::int64_t>(c, (n_columns - j) / lanes));
-            for (std::int64_t i = 0; i < n; ++i) {
-                for (const std::int64_t end = std::min(lines, line + share); line < end; ++line) {
-                    fetch(weight, data + (first + kPanels) * weight.column, n_next, line);
-                }
-                expand_tile<lanes, c>(narrow + i * kTokens * head_dim, head_dim, panels + j * head_dim,
-                                      out + i * run + first + j, stride, n_vectors);
-            }
-        }
-    }
-}
-
-// Gradients of n tokens of a run, ρ times those at a norm's output, become those at the stream that it reads, in place.
-template <int lanes>
-EAPTK_INLINE void through_norm(const float* normed, const float* gain, bool centred, std::int64_t n, std::int64_t width,
-                               float* out) {
-    const std::int64_t stride = padded(width);
-    constexpr int few = 2;  // sums, as an addition waits for the one before
-    for (std::int64_t i = 0; i < n; ++i, normed += stride, out += stride) {
-        Vector<lanes> products[few] = {}, sums[few] = {};
-        const auto add = [&](int j, std::int64_t k) __attribute__((always_inline)) {
-            const Vector<lanes> value = at<lanes>(out + k) * at<lanes>(gain + k);
-            at<lanes>(out + k) = value;
-            products[j] += value * at<lanes>(normed + k);
-            sums[j] += value;
-        };
-        std::int64_t k = 0;
-        for (; k + few * lanes <= stride; k += few * lanes) {
-            for (int j = 0; j < few; ++j) add(j, k + j * lanes);
-        }
-        for (; k < stride; k += lanes) add(0, k);
-        const float along = sum<lanes>(products[0] + products[1]) / float(width);
-        const float mean = centred ? sum<lanes>(sums[0] + sums[1]) / float(width) : 0;
-        for (k = 0; k < stride; k += lanes) at<lanes>(out + k) -= along * at<lanes>(normed + k) + mean;
-    }
-}
-
-template <int lanes, int m, int n>
-EAPTK_INLINE void multiply_tile(const float* const* left, const float* const* right, std::int64_t first,
-                                std::int64_t last, double* out, std::int64_t stride) {
-    Vector<lanes> sums[m][n] = {};
-    for (std::int64_t k = first; k < last; k += lanes) {
-        Vector<lanes> source[n];
-#pragma GCC unroll 8
-        for (int j = 0; j < n; ++j) source[j] = at<lanes>(right[j] + k);
-#pragma GCC unroll 8
-        for (int i = 0; i < m; ++i) {
-            const Vector<lanes> destination = at<lanes>(left[i] + k);
-#pragma GCC unroll 8
-            for (int j = 0; j < n; ++j) sums[i][j] += destination * source[j];
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < m; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < n; ++j) out[i * stride + j] += double(sum<lanes>(sums[i][j]));
-    }
-}
-
-template <int lanes, int m, int n>
-EAPTK_INLINE void multiply_fewer(int n_sources, const float* const* left, const float* const* right,
-                                 std::int64_t first, std::int64_t last, double* out, std::int64_t stride) {
-    if constexpr (n > 0) {
-        if (n_sources == n) return multiply_tile<lanes, m, n>(left, right, first, last, out, stride);
-        multiply_fewer<lanes, m, n - 1>(n_sources, left, right, first, last, out, stride);
-    }
-}
-
-template <int lanes, int m>
-EAPTK_INLINE void multiply_any(int n_destinations, int n_sources, const float* const* left, const float* const* right,
-                               std::int64_t first, std::int64_t last, double* out, std::int64_t stride) {
-    if constexpr (m > 0) {
-        if (n_destinations == m) {
-            return multiply_fewer<lanes, m, Tile<lanes>::n>(n_sources, left, right, first, last, out, stride);
-        }
-        multiply_any<lanes, m - 1>(n_destinations, n_sources, left, right, first, last, out, stride);
-    }
-}
-
-// Sources [first, last) with all destinations, over all runs of a chunk.
-struct Product {
-    const std::vector<Row>& destinations;
-    const std::vector<Row>& sources;
-    const std::vector<std::int64_t>& reaches;  // of destinations, in ascending order
-    const Chunk& runs;
-    std::int64_t stride;  // between tokens of a row
-    double* out;          // of the first sample, [destinations, stride_out]
-    std::int64_t stride_out, stride_sample, first_sample;
-};
-
-template <int lanes>
-EAPTK_INLINE void multiply(const Product& of, std::int64_t first, std::int64_t last) {
-    constexpr int m = Tile<lanes>::m, n = Tile<lanes>::n;
-    const std::int64_t n_rows = of.destinations.size();
-    const std::int64_t whole = kTokens * of.stride;
-    const std::int64_t piece = divided_up(divided_up(whole, divided_up(whole, kPiece)), kPadding) * kPadding;
-    for (const Run& run : of.runs) {
-        const std::int64_t end = run.n_tokens * of.stride;
-        double* const out = of.out + (run.sample - of.first_sample) * of.stride_sample;
-        for (std::int64_t start = 0; start < end; start += piece) {
-            const std::int64_t stop = std::min(end, start + piece);
-            for (std::int64_t s = first; s < last; s += n) {
-                const int n_sources = int(std::min<std::int64_t>(n, last - s));
-                const float* right[n];
-                for (int j = 0; j < n_sources; ++j) right[j] = of.sources[s + j].at(run);
-                for (std::int64_t d = 0; d < n_rows; d += m) {
-                    const int n_destinations = int(std::min<std::int64_t>(m, n_rows - d));
-                    if (of.reaches[d + n_destinations - 1] <= s) continue;  // none of these is an edge
-                    const float* left[m];
-                    for (int i = 0; i < n_destinations; ++i) left[i] = of.destinations[d + i].at(run);
-                    multiply_any<lanes, m>(n_destinations, n_sources, left, right, start, stop,
-                                           out + d * of.stride_out + s, of.stride_out);
-                }
-            }
-        }
-    }
-}
-
-struct Steps {
-    void (*expand)(const float*, std::int64_t, const Weight&, const float*, std::int64_t, float*, float*, std::int64_t);
-    void (*through_norm)(const float*, const float*, bool, std::int64_t, std::int64_t, float*);
-    void (*multiply)(const Product&, std::int64_t, std::int64_t);
-    int tile_sources;
-};
-
-#define EAPTK_STEPS(name, lanes, features)                                                                         \
-    __attribute__((target(features))) void expand_##name(                                                          \
-        const float* narrow, std::int64_t n, const Weight& weight, const float* data, std::int64_t width,          \
-        float* panels, float* out, std::int64_t run) {                                                             \
-        expand<lanes>(narrow, n, weight, data, width, panels, out, run);                                           \
-    }                                                                                                              \
-    __attribute__((target(features))) void through_norm_##name(const float* normed, const float* gain, bool centred, \
-                                                               std::int64_t n, std::int64_t width, float* out) {   \
-        through_norm<lanes>(normed, gain, centred, n, width, out);                                                 \
-    }                                                                                                              \
-    __attribute__((target(features))) void multiply_##name(const Product& of, std::int64_t first, std::int64_t last) { \
-        multiply<lanes>(of, first, last);                                                                          \
-    }                                                                                                              \
-    constexpr Steps name{expand_##name, through_norm_##name, multiply_##name, Tile<lanes>::n};
-
-EAPTK_STEPS(avx512, 16, "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
-EAPTK_STEPS(avx2, 8, "avx2,fma")
-
 // All that one thread needs for itself.
 struct Member {
     std::vector<float> narrow, panels, other;
@@ -391,7 +84,7 @@ class Contraction {
     Contraction(const std::vector<Source>& sources, const std::vector<Group>& groups, std::int64_t width,
                 const Scratch& scratch, int threads, int lanes)
         : width_(width), stride_(padded(width)), scratch_(scratch), threads_(threads),
-          steps_(lanes == 16 ? avx512 : avx2), team_(threads) {
+          steps_(steps_of(lanes)), team_(threads) {
         std::int64_t most = 1, n_rows = 0;
         for (const Source& source : sources) n_rows += source.rows;
         sources_ = RowScratch(scratch.sources, n_rows, width);
@@ -511,27 +204,34 @@ class Contraction {
         }
     }
 
-    void write_source(const WrittenSource& of, const Part& part, Member& member) const {
-        const Source& source = *of.source;
-        const std::int64_t n = source.weight.data ? source.weight.head_dim : width_;
+    // A row of some runs into scratch, expanded where there is a weight; change(row, n, run, i) comes before that.
+    template <class Change>
+    void write(const Operand& value, const Weight& weight, std::int64_t row_index, const RowScratch& scratch,
+               std::int64_t place, const Part& part, Member& member, const Change& change) const {
+        const std::int64_t n = weight.data ? weight.head_dim : width_, stride = weight.data ? n : stride_;
         float* narrow = member.narrow.data();
         for (const Run& run : part) {
-            float* row = source.weight.data ? narrow : sources_.at(of.place, run.index);
-            for (std::int64_t i = 0; i < run.n_tokens; ++i, row += source.weight.data ? n : stride_) {
-                read(source.value, index_of(source.value, run, i, of.row), n, row);
-                if (source.replacement.data) {
-                    read(source.replacement, index_of(source.replacement, run, i, of.row), n, member.other.data());
-                    subtract_from(member.other.data(), n, row);
-                }
-                if (!source.weight.data) std::fill(row + n, row + stride_, 0.0f);
+            float* row = weight.data ? narrow : scratch.at(place, run.index);
+            for (std::int64_t i = 0; i < run.n_tokens; ++i, row += stride) {
+                read(value, index_of(value, run, i, row_index), n, row);
+                change(row, n, run, i);
+                std::fill(row + n, row + stride, 0.0f);
             }
-            if (source.weight.data) narrow += kTokens * n;
+            if (weight.data) narrow += kTokens * n;
         }
-        if (source.weight.data) {
-            const float* const weight = source.weight.data + of.row * source.weight.row;
-            steps_.expand(member.narrow.data(), part.size(), source.weight, weight, width_, member.panels.data(),
-                          sources_.at(of.place, part.first->index), sources_.run);
-        }
+        if (!weight.data) return;
+        steps_.expand(member.narrow.data(), part.size(), weight, weight.data + row_index * weight.row, width_,
+                      member.panels.data(), scratch.at(place, part.first->index), scratch.run);
+    }
+
+    void write_source(const WrittenSource& of, const Part& part, Member& member) const {
+        const Operand& replacement = of.source->replacement;
+        const auto change = [&](float* row, std::int64_t n, const Run& run, std::int64_t i) {
+            if (!replacement.data) return;
+            read(replacement, index_of(replacement, run, i, of.row), n, member.other.data());
+            subtract_from(member.other.data(), n, row);
+        };
+        write(of.source->value, of.source->weight, of.row, sources_, of.place, part, member, change);
     }
 
     // x̂ of some runs.
@@ -550,23 +250,10 @@ class Contraction {
 
     void write_gradient(const Prepared& group, const WrittenGradient& of, const Part& part, Member& member) const {
         const Reader& reader = *of.reader;
-        const Operand& value = of.gradient->value;
-        const Weight& weight = of.gradient->weight;
-        const std::int64_t n = weight.data ? weight.head_dim : width_;
-        float* narrow = member.narrow.data();
-        for (const Run& run : part) {
-            float* row = weight.data ? narrow : group.gradients.at(of.place, run.index);
-            for (std::int64_t i = 0; i < run.n_tokens; ++i, row += weight.data ? n : stride_) {
-                read(value, index_of(value, run, i, of.row), n, row);
-                if (reader.stream.data) scale(reader.rho[run.sample * reader.n_tokens + run.token + i], n, row);
-                if (!weight.data) std::fill(row + n, row + stride_, 0.0f);
-            }
-            if (weight.data) narrow += kTokens * n;
-        }
-        if (weight.data) {
-            steps_.expand(member.narrow.data(), part.size(), weight, weight.data + of.row * weight.row, width_,
-                          member.panels.data(), group.gradients.at(of.place, part.first->index), group.gradients.run);
-        }
+        const auto change = [&](float* row, std::int64_t n, const Run& run, std::int64_t i) {
+            if (reader.stream.data) scale(reader.rho[run.sample * reader.n_tokens + run.token + i], n, row);
+        };
+        write(of.gradient->value, of.gradient->weight, of.row, group.gradients, of.place, part, member, change);
         if (!reader.stream.data) return;
         for (const Run& run : part) {
             steps_.through_norm(group.normed.at(of.reader_index, run.index), reader.gain, reader.mean, run.n_tokens,
@@ -594,20 +281,5 @@ void contract(const std::vector<Source>& sources, const std::vector<Group>& grou
               double* out) {
     Contraction(sources, groups, width, scratch, threads, lanes).run(first, lengths, out);
 }
-
-std::vector<int> lanes() {
-    if (has_avx512()) return {16, 8};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {8};
-    return {};
-}
-
-#else
-
-void contract(const std::vector<Source>&, const std::vector<Group>&, std::int64_t, const std::vector<std::int64_t>&,
-              std::int64_t, const Scratch&, int, int, double*) {}
-
-std::vector<int> lanes() { return {}; }
-
-#endif
 
 }  // namespace eaptk

@@ -1,13 +1,12 @@
 #include "sweep.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "kernel.hpp"
+#include "team.hpp"
 
 namespace eaptk {
 namespace {
@@ -15,14 +14,10 @@ namespace {
 // Run worker(task) for every task in [0, n_tasks), each worker in a thread of its own taking the next free task.
 template <class Worker>
 void parallel(std::vector<Worker>& workers, std::int64_t n_tasks) {
-    std::atomic<std::int64_t> next{0};
-    const auto drain = [&](Worker& worker) {
-        for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) worker(task);
-    };
-    std::vector<std::thread> threads;
-    for (std::size_t i = 1; i < workers.size(); ++i) threads.emplace_back(drain, std::ref(workers[i]));
-    drain(workers[0]);
-    for (auto& thread : threads) thread.join();
+    Team team(int(workers.size()));
+    team.run([&](int member) {
+        team.phase(n_tasks, [&](std::int64_t task) { workers[member](task); });
+    });
 }
 
 // IEEE half to single. Moving exponent and mantissa into place leaves the value short of a factor 2^112,

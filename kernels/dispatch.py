@@ -57,12 +57,12 @@ def contract(
         raise ValueError("no Triton kernel for operands of float64; use backend='reference'")
     if named is None and not all(_on_gpu(x) for x in held):
         named = "native" if native.takes(sources, destinations) else "reference"
+    elif named == "native" and not native.takes(sources, destinations):
+        raise ValueError(
+            "no compiled loop for these operands, or for this processor: they take float32 and bfloat16 on an "
+            "x86 one with AVX2; use backend='reference'"
+        )
     if named == "native":
-        if not native.takes(sources, destinations):
-            raise ValueError(
-                "no compiled loop for these operands, or for this processor: they take float32 and bfloat16 on an "
-                "x86 one with AVX2; use backend='reference'"
-            )
         return native.contract(sources, destinations, lengths)
     if named == "reference":
         return reference.contract(sources, destinations, lengths)
