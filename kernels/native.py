@@ -3,8 +3,9 @@
 A head is expanded, and goes back through its norm, while its rows are near the core, and what needs no change is
 multiplied where it lies. What libraries of matrix products do worst is few rows with many, all of them long: 37 × 157
 of 49,152 elements at half the rate of square products. Predicted for GPT-2 small's 27 GFLOP at head level: two thirds
-of the reference's time. Measured: 0.69 of it, and 0.70 to 0.77 of five other shapes; block level, which memory bounds,
-takes as long as before.
+of the reference's time. Measured, 2 cores: 0.6 to 0.7 of it, and 0.70 to 0.77 of five other shapes; block level, which
+memory bounds, takes as long as before. `python -m benchmarks.floor --quick --parts passes` shows the contraction's
+milliseconds, with `EAPTK_BACKEND=reference` the reference's.
 
 Bits: of a score all additions are in one order, in float32 over four tokens at most and in double beyond, whatever
 other edges, samples, chunks and threads there are.
