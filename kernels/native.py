@@ -25,6 +25,8 @@ from .operands import Destination, Source
 from .tiles import cdiv
 
 DTYPES = (torch.float32, torch.bfloat16)
+#: What PyTorch's profiler, which sees its own operators alone, calls the compiled loops.
+NAME = "eaptk::contract"
 
 
 def takes(sources: Sequence[Source], destinations: Sequence[Destination]) -> bool:
@@ -66,20 +68,21 @@ def contract(
     scores = _float32(len(lengths), len(real))
     for samples in packs(lengths, chunk):
         sums = torch.zeros(samples.stop - samples.start, n_products, dtype=torch.float64, device="cpu")
-        _native.contract(
-            given,
-            readers,
-            samples.start,
-            lengths[samples],
-            width,
-            written=written.data_ptr(),
-            gradients=gradients.data_ptr(),
-            normed=normed.data_ptr(),
-            runs=n_runs,
-            threads=torch.get_num_threads(),
-            lanes=lanes or _native.lanes()[0],
-            out=sums.data_ptr(),
-        )
+        with torch.profiler.record_function(NAME):
+            _native.contract(
+                given,
+                readers,
+                samples.start,
+                lengths[samples],
+                width,
+                written=written.data_ptr(),
+                gradients=gradients.data_ptr(),
+                normed=normed.data_ptr(),
+                runs=n_runs,
+                threads=torch.get_num_threads(),
+                lanes=lanes or _native.lanes()[0],
+                out=sums.data_ptr(),
+            )
         scores[samples] = sums[:, real]
     return scores if sources[0].replacement is not None else scores.neg_()
 
