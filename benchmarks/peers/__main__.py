@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from benchmarks import record
 from benchmarks.console import wide_console
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.client import HERE, ROOT, environment, packages
-from benchmarks.peers.comparison import DTYPES, Bench, Settings, compare, largest
+from benchmarks.peers.comparison import HALVES, Bench, Settings, compare, largest
 from benchmarks.peers.tables import accuracies, costs
 from benchmarks.peers.workload import MOST_TOKENS, SHAPES, save
 from eaptk.errors import EaptkError
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         limit=300 if options.quick else 1800,
         threads=options.threads,
         folder=FOLDER / "run",
-        dtypes=DTYPES[:2] if options.quick else DTYPES,
+        halves=HALVES[:1] if options.quick else HALVES,
     )
     settings.folder.mkdir(parents=True, exist_ok=True)
     environments: dict[str, Any] = {}
@@ -83,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "error": environments.get(peer.environment, {}).get("error"),
                 }
                 if not found["error"]:
+                    start = time.perf_counter()
                     found |= _compared(bench, peer, pythons[peer.environment], folder, options.gigabytes)
+                    found["took"] = time.perf_counter() - start
                 comparisons.append(found)
                 # After each: a run of an hour that is cut off has what it found.
                 record.write("peers", result, options.quick)

@@ -132,6 +132,8 @@ class Tool:
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._loaded: dict[str, Any] | None = None
+        #: Seconds that the last scores took.
+        self.last = 0.0
 
     @property
     def name(self) -> str:
@@ -147,7 +149,9 @@ class Tool:
 
     def score(self, tokens: int, save: Path | None = None) -> float:
         """Seconds that scores of so many tokens take; they are written to `save`."""
-        return float(self._ask("score", tokens=tokens, save=None if save is None else str(save))["seconds"])
+        path = None if save is None else str(save)
+        self.last = float(self._ask("score", tokens=tokens, save=path)["seconds"])
+        return self.last
 
     def peak(self, tokens: int) -> int:
         """Most bytes of resident memory above the loaded model while that is done."""

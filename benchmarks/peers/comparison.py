@@ -23,7 +23,8 @@ from eaptk.errors import EaptkError
 
 #: Largest relative error to float64, of the edges into any kind of destination, at which float32 scores are the same.
 SAME = 1e-4
-DTYPES = ("float32", "bfloat16", "float16")
+HALVES = ("bfloat16", "float16")
+DTYPES = ("float32", *HALVES)
 #: Few: PyTorch's products in float16 on a CPU are 50 times slower than in float32 where the weights lie as GPT-2's do.
 ACCURACY_TOKENS = 16
 #: Rounds before the clock counts.
@@ -44,7 +45,7 @@ class Settings:
         limit: seconds for one answer of a tool.
         threads: of each tool.
         folder: for scores and logs.
-        dtypes: that accuracy is measured in.
+        halves: dtypes that accuracy is measured in besides float32.
     """
 
     tokens: int
@@ -52,7 +53,7 @@ class Settings:
     limit: float
     threads: int
     folder: Path
-    dtypes: tuple[str, ...] = DTYPES
+    halves: tuple[str, ...] = HALVES
 
 
 class Bench:
@@ -117,7 +118,7 @@ class Bench:
         """eaptk's `accuracy`."""
         key = ("errors", folder, _key(form))
         if key not in self._found:
-            self._found[key] = accuracy(self, self.eaptk, folder, form)
+            self._found[key] = accuracy(self, self.eaptk, folder, form, self.own_check(folder, form))
         return self._found[key]
 
     def own_memory(self, folder: Path, form: Form) -> dict[str, list[int]]:
@@ -162,15 +163,21 @@ def compare(bench: Bench, peer: Peer, python: Path, folder: Path) -> Iterator[tu
         yield "seconds", _seconds(bench, theirs, folder, form)
         memory = {"peer": peaks(measured, folder, form, tokens), **bench.own_memory(folder, form)}
         yield "memory", {"tokens": lengths(tokens), "bytes": memory}
-        theirs_errors = accuracy(bench, theirs, folder, form)
+        theirs_errors = accuracy(bench, theirs, folder, form, errors)
         yield "accuracy", {"peer": theirs_errors, "eaptk": bench.own_errors(folder, form)}
 
 
-def accuracy(bench: Bench, tool: Tool, folder: Path, form: Form) -> dict[str, float | str]:
-    """Relative error to float64 by dtype, or why the tool has no scores in it."""
-    found: dict[str, float | str] = {}
+def accuracy(
+    bench: Bench, tool: Tool, folder: Path, form: Form, checked: dict[str, float]
+) -> dict[str, float | str]:
+    """Relative error to float64 by dtype, or why the tool has no scores in it.
+
+    Args:
+        checked: errors in float32, of as many tokens as are timed.
+    """
+    found: dict[str, float | str] = {"float32": checked["all"]}
     exact = bench.exact(folder, form, ACCURACY_TOKENS)
-    for dtype in bench.settings.dtypes:
+    for dtype in bench.settings.halves:
         try:
             scores = bench.scores(tool, folder, dtype, form, ACCURACY_TOKENS)
             found[dtype] = relative_errors(scores, exact, _graph(folder, form))["all"]
@@ -223,7 +230,9 @@ def _seconds(bench: Bench, theirs: Tool, folder: Path, form: Form) -> dict[str, 
     for tool in contenders.values():
         tool.load(folder, "float32", form)
     runs = {name: partial(tool.score, tokens) for name, tool in contenders.items()}
-    seconds = in_turns(runs, bench.settings.seconds, warm_up=WARM_UP, most=MOST_ROUNDS)
+    # One that takes so long was warmed up by the check.
+    warm_up = WARM_UP if theirs.last < bench.settings.seconds / 6 else 0
+    seconds = in_turns(runs, bench.settings.seconds, warm_up=warm_up, most=MOST_ROUNDS)
     return {"each": seconds, **summary(seconds)}
 
 

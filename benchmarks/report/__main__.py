@@ -98,7 +98,11 @@ def page(records: dict[str, Any], drawn: dict[str, str]) -> str:
             name.removeprefix("peers-"): path for name, path in drawn.items() if name.startswith("peers-")
         }
         parts.append(peers.section(records["peers"], by_shape))
-        exact += [f"Of one sample of {ACCURACY_TOKENS} tokens, beside each peer eaptk asked for the same:"]
+        tokens = records["peers"]["settings"]["tokens"]
+        exact += [
+            f"Of one sample, in float32 of {tokens} tokens and in half precision of {ACCURACY_TOKENS}, beside each "
+            "peer eaptk asked for the same:"
+        ]
         exact += [peers.accuracy(records["peers"])]
     else:
         parts.append(_absent("peers"))
