@@ -51,9 +51,28 @@ def in_turns(
     warm_up: int = WARM_UP,
     most: int = MOST_ROUNDS,
 ) -> dict[str, list[float]]:
-    """What each contender says that it took, by rounds.
+    """What each contender says that it took, by rounds, in which one comes after the other; see `rounds`."""
+    return rounds(
+        list(contenders),
+        lambda order: {name: contenders[name]() for name in order},
+        seconds,
+        warm_up=warm_up,
+        most=most,
+    )
+
+
+def rounds(
+    names: list[str],
+    one_round: Callable[[Sequence[str]], Mapping[str, float]],
+    seconds: float,
+    *,
+    warm_up: int = WARM_UP,
+    most: int = MOST_ROUNDS,
+) -> dict[str, list[float]]:
+    """What each contender took, by rounds.
 
     Args:
+        one_round: given the order of the contenders, what each of them took.
         seconds: about how long all of it may take. Warming up starts no round after a sixth of it; then there are
             three rounds at least, but fewer if these have taken twice the time there is.
         warm_up: rounds that do not count, at most.
@@ -62,20 +81,19 @@ def in_turns(
     started = time.perf_counter()
     for _ in range(warm_up):
         if time.perf_counter() - started < seconds / 6:
-            for run in contenders.values():
-                run()
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    names, shuffler, last = list(contenders), random.Random(0), ""
+            one_round(names)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    order, shuffler, last = list(names), random.Random(0), ""
     for done in range(most):
         spent = time.perf_counter() - started
         if done and spent > seconds and (done >= LEAST_ROUNDS or spent > 2 * seconds):
             break
-        shuffler.shuffle(names)
-        while names[0] == last and len(names) > 1:
-            shuffler.shuffle(names)
-        for name in names:
-            taken[name].append(contenders[name]())
-        last = names[-1]
+        shuffler.shuffle(order)
+        while order[0] == last and len(order) > 1:
+            shuffler.shuffle(order)
+        for name, one in one_round(order).items():
+            taken[name].append(one)
+        last = order[-1]
     return taken
 
 

@@ -1,12 +1,14 @@
-"""Programs in turns: each is timed by its own turns, and by its own processor time."""
+"""Programs in turns, calls in slices: each is timed by its own, whatever the others do."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from benchmarks.turns import Pace, Program, in_turns
+from benchmarks.turns import Pace, Program, in_slices, in_turns
 
 
 def works(pace: Pace, seconds: float) -> None:
@@ -49,3 +51,38 @@ def test_a_program_is_timed_by_its_own_turns() -> None:
 def test_a_program_that_fails_is_named() -> None:
     with pytest.raises(RuntimeError, match="broken has failed"):
         in_turns({"broken": Program(fails)})
+
+
+def busy(seconds: float) -> Callable[[], None]:
+    def call() -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    return call
+
+
+def fails_when_called() -> Callable[[], None]:
+    return partial(fails, None)
+
+
+def test_a_call_is_timed_by_its_own_slices_and_not_those_of_the_others() -> None:
+    with in_slices({"short": partial(busy, 0.2), "long": partial(busy, 0.4)}) as one_round:
+        began = time.monotonic()
+        rounds = [one_round(order) for order in (["short", "long"], ["long", "short"])]
+        wall = time.monotonic() - began
+    assert [list(taken) for taken in rounds] == [["short", "long"], ["long", "short"]]
+    for taken in rounds:
+        assert taken["short"] > 0.18
+        assert taken["long"] > 0.38
+    # No moment is counted twice.
+    assert sum(sum(taken.values()) for taken in rounds) <= wall
+
+
+@pytest.mark.parametrize("broken", [partial(fails, None), partial(fails_when_called)])
+def test_a_call_that_fails_is_named(broken: partial[Callable[[], None]]) -> None:
+    with (
+        pytest.raises(RuntimeError, match="broken has failed"),
+        in_slices({"right": partial(busy, 0.01), "broken": broken}) as one_round,
+    ):
+        one_round(["right", "broken"])

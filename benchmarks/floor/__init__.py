@@ -4,9 +4,10 @@
 
 On a machine with a card everything runs there, mostly in bfloat16 and at full depth; else on the CPU, mostly in float32
 and with shallower models. Of each case scores are first held against those of the same weights in float64, and what is
-to be timed against the same in other ways (`passes.gate`); nothing is timed where they are not right. Contenders take
-turns in one process (`benchmarks.timing`). *Summaries* below are each measurement, in order of rounds, their median and
-its interval.
+to be timed against the same in other ways (`passes.gate`); nothing is timed where they are not right. On a CPU the
+contenders are processes that do one pass each round, all within the same seconds (`benchmarks.turns.in_slices`); on a
+card they take turns in one process (`benchmarks.timing`). *Summaries* below are each measurement, in order of rounds,
+their median and its interval.
 
 The record, benchmarks/results/floor.json, beside `record.environment`:
 

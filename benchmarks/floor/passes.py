@@ -13,14 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cost import TARGETS, bare_pass, peak_bytes
-from benchmarks.floor.shapes import DEVICE, SHAPES, Case, in_float64
-from benchmarks.timing import clocked, in_turns, ratios, summary
+from benchmarks.floor.shapes import DEVICE, SHAPES, Case, Shape, in_float64
+from benchmarks.timing import clocked, in_turns, ratios, rounds, summary
+from benchmarks.turns import in_slices
 from eaptk import Graph, attribute, division
 from eaptk.graph import Granularity
 from eaptk.kernels import Destination, Source, contract
@@ -28,6 +30,7 @@ from eaptk.plan import Work, without_weights
 from eaptk.sites import Sites
 
 LEVELS: tuple[Granularity, ...] = ("block", "head")
+CONTENDERS = ("bare", *LEVELS)
 #: Fewest tokens of a batch that the targets are for: below it a pass is launches and page faults.
 LEAST_TOKENS = 256
 GATE_TOKENS = 24
@@ -102,8 +105,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {"name": case.name, **asdict(case), "gate": gate(case)}
     if not found["gate"]["passed"]:
         return found
-    work = _contenders(case)
-    timed = in_turns({name: clocked(run) for name, run in work.items()}, seconds * 0.8)
+    timed = _timed(case, seconds * 0.8)
+    work = {who: contender(case, who) for who in CONTENDERS}
     bare_bytes = peak_bytes(work["bare"])
     found["bare"] = {"seconds": summary(timed["bare"]), "bytes": bare_bytes}
     for level in LEVELS:
@@ -224,16 +227,32 @@ def _by_operator(work: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
     return spent, calls
 
 
-def _contenders(case: Case) -> dict[str, Callable[[], Any]]:
+def contender(case: Case, who: str) -> Callable[[], Any]:
+    """The bare pass, or attribution at a level."""
     model, batch = case.model, case.batch()
-    sites = Sites(model, Graph.from_model(model))
-    work: dict[str, Callable[[], Any]] = {"bare": lambda: bare_pass(model, sites, batch, case.checkpoint)}
-    for level in LEVELS:
-        graph = Graph.from_model(model, level)
-        work[level] = lambda graph=graph: attribute(
-            model, batch, graph, checkpoint=case.checkpoint, on_device=True
-        )
-    return work
+    if who == "bare":
+        sites = Sites(model, Graph.from_model(model))
+        return lambda: bare_pass(model, sites, batch, case.checkpoint)
+    graph = Graph.from_model(model, who)  # type: ignore[arg-type]
+    return lambda: attribute(model, batch, graph, checkpoint=case.checkpoint, on_device=True)
+
+
+def in_a_process(case: Case, shape: Shape, who: str, threads: int) -> Callable[[], Any]:
+    """The same where nothing was set up yet."""
+    torch.set_num_threads(threads)
+    SHAPES[case.shape] = shape
+    return contender(case, who)
+
+
+def _timed(case: Case, seconds: float) -> dict[str, list[float]]:
+    """Seconds of contenders, by rounds: on a CPU in slices, of which a card knows nothing."""
+    if DEVICE.type == "cuda":
+        return in_turns({who: clocked(contender(case, who)) for who in CONTENDERS}, seconds)
+    given = (replace(case), SHAPES[case.shape])
+    threads = torch.get_num_threads()
+    prepared = {who: partial(in_a_process, *given, who, threads) for who in CONTENDERS}
+    with in_slices(prepared) as one_round:
+        return rounds(list(CONTENDERS), one_round, seconds)
 
 
 def _contraction(case: Case, level: Granularity, seconds: float) -> dict[str, Any]:
