@@ -14,12 +14,14 @@ COMMAND = "python -m benchmarks.floor"
 def section(record: dict[str, Any], figure: str | None) -> str:
     """Markdown of one record, and of its figure if it has one."""
     settings = record["settings"]
-    device = "" if settings["device"] == "CPU" else f" on an {settings['device']}"
+    device, how = "", "each in a process of its own, all within the same seconds of a round"
+    if settings["device"] != "CPU":
+        device, how = f" on an {settings['device']}", "in turns, in one process"
     return "\n\n".join(
         [
             *_gaps(record),
             f"`{COMMAND}`. What a batch takes beside the forward pass and the backward pass to activations alone of "
-            f"the same batch{device}, {settings['threads']} threads, in turns, in one process. A ratio is the median "
+            f"the same batch{device}, {settings['threads']} threads, {how}. A ratio is the median "
             "over rounds of ratios within a round, with the interval that holds it in 95 % of cases (–: too few "
             "rounds). A target is kept or missed if the whole interval keeps or misses it, else undecided. Weights are "
             "random, widths and heads those of the published models; the vocabulary is cut to 8,192, and the depth to "
