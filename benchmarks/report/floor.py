@@ -92,8 +92,12 @@ def _verdict(cases: list[dict[str, Any]]) -> str:
         by_verdict: dict[str, list[str]] = {"kept": [], "undecided": [], "missed": []}
         for case in judged:
             by_verdict[verdict(case[level]) or ""].append(case["name"])
-        line = f"- {level} level, at most {judged[0][level]['target']:.2f}× wanted: {len(by_verdict['kept'])} of "
-        line += f"{len(judged)} cases of {LEAST_TOKENS} tokens or more keep it"
+        medians = [case[level]["ratio"]["median"] for case in judged]
+        line = f"- {level} level, at most {judged[0][level]['target']:.2f}× wanted: medians are {min(medians):.2f} to "
+        line += (
+            f"{max(medians):.2f}; by the whole interval {len(by_verdict['kept'])} of {len(judged)} cases of "
+        )
+        line += f"{LEAST_TOKENS} tokens or more keep it"
         for said in ("undecided", "missed"):
             line += f"; {said}: {', '.join(by_verdict[said])}" if by_verdict[said] else ""
         shares = [
