@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     settings = Settings(
         tokens=options.tokens,
-        seconds=3 if options.quick else 20,
+        seconds=3 if options.quick else 30,
         limit=300 if options.quick else 1800,
         threads=options.threads,
         folder=FOLDER / "run",
