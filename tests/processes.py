@@ -189,6 +189,8 @@ def _ask(**request: Any) -> int:
 
 
 def _serve() -> None:
+    # As from a terminal: of tests that a shell runs in the background it is ignored, and stays so in what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for module in (
         "eaptk.run",
         "eaptk.cli",
