@@ -169,7 +169,7 @@ def _server(tasks: Iterable[Callable[..., Any]]) -> multiprocessing.context.Fork
     return context
 
 
-def keep_the_heap() -> None:
+def _keep_the_heap() -> None:
     """What is freed stays with the process, where the C library can do that (glibc's `mallopt`).
 
     Otherwise tensors' pages go back to the system now and then, and from a virtual machine to its host, and come again
@@ -182,7 +182,7 @@ def keep_the_heap() -> None:
 
 
 def _call(make: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
-    keep_the_heap()
+    _keep_the_heap()
     call = make()
     while True:
         pipe.send(None)

@@ -96,14 +96,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Attribution beside the bare passes, kernels beside the machine's best, and the disk.",
     )
     parser.add_argument("--quick", action="store_true", help="shallower models, fewer repetitions")
-    parser.add_argument("--minutes", type=float, help="that it may take, about (18; 3 if quick)")
+    parser.add_argument("--minutes", type=float, help="that it may take, about (18; 2 if quick)")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="cases whose name has all of these words"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
-    options.minutes = options.minutes or (3 if options.quick else 18)
+    options.minutes = options.minutes or (2 if options.quick else 18)
     return options
 
 

@@ -14,7 +14,7 @@ COMMAND = "python -m benchmarks.floor"
 def section(record: dict[str, Any], figure: str | None) -> str:
     """Markdown of one record, and of its figure if it has one."""
     settings = record["settings"]
-    device, how = "", "each in a process of its own, all within the same seconds of a round"
+    device, how = "", "each in a process that keeps its heap, all within the same seconds of a round"
     if settings["device"] != "CPU":
         device, how = f" on an {settings['device']}", "in turns, in one process"
     return "\n\n".join(
