@@ -193,7 +193,8 @@ def of_two(*arguments: str) -> None:
 
 def progress(out: Path) -> int:
     """Rows that are done, of all runs in a folder; −1 before there is a run."""
-    runs = [file.parent for file in out.rglob("manifest.json")]
+    # Not all folders in it: those of parts come and go.
+    runs = [file.parent for each in (out, *out.glob("cut-*")) for file in each.glob("manifest.json")]
     done = 0
     for run in runs:
         with contextlib.suppress(EaptkError):  # which has no row yet
