@@ -4,9 +4,8 @@ What a machine does in one minute and in the next differs by more than what is a
 most of all where others use it too. So the programs run at the same time, all but one stopped by a signal, and each is
 timed by the seconds of its own turns: its threads, those that write included, do nothing between them.
 
-The same holds of one second and the next. Here, with other users, a call of a second beside its own repetition differed
-by 6 % as did one of 0.03 s, so that rounds of short turns tell more in the same time: over a minute the mean of their
-ratios was known to 0.2 %, of turns as long as the call to 1.6 %.
+The same holds of one second and the next, and hardly less of shorter times. So of calls that take a second each, a
+round in many short turns tells more than one in which each has its turn.
 """
 
 from __future__ import annotations
@@ -78,18 +77,10 @@ def in_turns(programs: Mapping[str, Program]) -> dict[str, Times]:
     """
     context = _server(program.task for program in programs.values())
     over = context.Event()
-    pipes, processes = {}, {}
-    for name, program in programs.items():
-        pipes[name], theirs = context.Pipe()
-        processes[name] = context.Process(target=_run, args=(program, theirs, over), daemon=True)
-        processes[name].start()
-        theirs.close()
+    tasks = {name: partial(_run, program, over) for name, program in programs.items()}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     found: dict[str, Times] = {}
-    try:
-        for name in programs:
-            _heard(name, pipes[name])
-            _signal(processes[name], signal.SIGSTOP)
+    with _standing(context, tasks) as (pipes, processes):
         for pipe in pipes.values():
             pipe.send(None)
         while len(found) < len(programs):
@@ -104,9 +95,6 @@ def in_turns(programs: Mapping[str, Program]) -> dict[str, Times]:
                     found[name] = _between(turns[name], _heard(name, pipes[name]))
             if all(name in found for name, program in programs.items() if program.ends):
                 over.set()
-    finally:
-        for process in processes.values():
-            process.kill()
     return found
 
 
@@ -125,38 +113,48 @@ def in_slices(
         RuntimeError: a call, or what prepares it, has failed.
     """
     context = _server(make.func for make in prepared.values())
-    pipes, processes = {}, {}
-    for name, make in prepared.items():
-        pipes[name], theirs = context.Pipe()
-        processes[name] = context.Process(target=_call, args=(make, theirs), daemon=True)
-        processes[name].start()
-        theirs.close()
+    tasks = {name: partial(_call, make) for name, make in prepared.items()}
     last = dict.fromkeys(prepared, _SLICE)
+    with _standing(context, tasks) as (pipes, processes):
 
-    def one_round(order: Sequence[str]) -> dict[str, float]:
-        n_slices = max(1, round(max(last[name] for name in order) / _SLICE))
-        slices = {name: last[name] / n_slices for name in order}
-        spent, left = dict.fromkeys(order, 0.0), list(order)
-        for name in order:
-            pipes[name].send(None)
-        while left:
-            for name in list(left):
-                began = time.perf_counter()
-                _signal(processes[name], signal.SIGCONT)
-                has_ended = pipes[name].poll(slices[name])
-                spent[name] += time.perf_counter() - began
-                _signal(processes[name], signal.SIGSTOP)
-                if has_ended:
-                    _heard(name, pipes[name])
-                    left.remove(name)
-        last.update(spent)
-        return spent
+        def one_round(order: Sequence[str]) -> dict[str, float]:
+            n_slices = max(1, round(max(last[name] for name in order) / _SLICE))
+            slices = {name: last[name] / n_slices for name in order}
+            spent, left = dict.fromkeys(order, 0.0), list(order)
+            for name in order:
+                pipes[name].send(None)
+            while left:
+                for name in list(left):
+                    began = time.perf_counter()
+                    _signal(processes[name], signal.SIGCONT)
+                    has_ended = pipes[name].poll(slices[name])
+                    spent[name] += time.perf_counter() - began
+                    if has_ended:
+                        _heard(name, pipes[name])  # before a signal, as it may be gone
+                        left.remove(name)
+                    _signal(processes[name], signal.SIGSTOP)
+            last.update(spent)
+            return spent
 
+        yield one_round
+
+
+@contextmanager
+def _standing(
+    context: multiprocessing.context.ForkServerContext, tasks: Mapping[str, Callable[[Connection], None]]
+) -> Iterator[tuple[dict[str, Connection], dict[str, Any]]]:
+    """Pipes to processes, and these, each stopped once its task has said that it is ready; they end with the block."""
+    pipes, processes = {}, {}
     try:
-        for name in prepared:
+        for name, task in tasks.items():
+            pipes[name], theirs = context.Pipe()
+            processes[name] = context.Process(target=task, args=(theirs,), daemon=True)
+            processes[name].start()
+            theirs.close()
+        for name in tasks:
             _heard(name, pipes[name])
             _signal(processes[name], signal.SIGSTOP)
-        yield one_round
+        yield pipes, processes
     finally:
         for process in processes.values():
             process.kill()
@@ -173,7 +171,7 @@ def _keep_the_heap() -> None:
     """What is freed stays with the process, where the C library can do that (glibc's `mallopt`).
 
     Otherwise tensors' pages go back to the system now and then, and from a virtual machine to its host, and come again
-    one fault at a time: of passes of half a second that was a fifth, and most of what told one from the next.
+    one fault at a time: a good part of what tells one pass from the next.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -190,7 +188,7 @@ def _call(make: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
         call()
 
 
-def _run(program: Program, pipe: Connection, over: Any) -> None:
+def _run(program: Program, over: Any, pipe: Connection) -> None:
     pace = Pace(pipe, over)
     program.task(pace, *program.arguments)
     pipe.send(pace.marks)

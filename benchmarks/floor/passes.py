@@ -105,8 +105,11 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {"name": case.name, **asdict(case), "gate": gate(case)}
     if not found["gate"]["passed"]:
         return found
-    timed = _timed(case, seconds * 0.8)
     work = {who: contender(case, who) for who in CONTENDERS}
+    if DEVICE.type == "cuda":  # which knows nothing of slices
+        timed = in_turns({who: clocked(run) for who, run in work.items()}, seconds * 0.8)
+    else:
+        timed = _in_processes(case, seconds * 0.8)
     bare_bytes = peak_bytes(work["bare"])
     found["bare"] = {"seconds": summary(timed["bare"]), "bytes": bare_bytes}
     for level in LEVELS:
@@ -244,11 +247,9 @@ def in_a_process(case: Case, shape: Shape, who: str, threads: int) -> Callable[[
     return contender(case, who)
 
 
-def _timed(case: Case, seconds: float) -> dict[str, list[float]]:
-    """Seconds of contenders, by rounds: on a CPU in slices, of which a card knows nothing."""
-    if DEVICE.type == "cuda":
-        return in_turns({who: clocked(contender(case, who)) for who in CONTENDERS}, seconds)
-    given = (replace(case), SHAPES[case.shape])
+def _in_processes(case: Case, seconds: float) -> dict[str, list[float]]:
+    """Seconds of contenders, by rounds in slices."""
+    given = (replace(case), SHAPES[case.shape])  # a copy without its model
     threads = torch.get_num_threads()
     prepared = {who: partial(in_a_process, *given, who, threads) for who in CONTENDERS}
     with in_slices(prepared) as one_round:

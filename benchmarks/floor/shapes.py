@@ -156,8 +156,8 @@ def _quick() -> Iterable[Case]:
     yield Case("Qwen2.5-7B", 1, 1, 128)
     yield Case("Llama-3-8B", 1, 1, 64)
     yield Case("Llama-3-70B", 1, 1, 32)
-    for samples, tokens in ((1, 256), (4, 256)):
-        yield Case("Qwen2.5-0.5B", 2, samples, tokens)
+    for samples in (1, 4):
+        yield Case("Qwen2.5-0.5B", 2, samples, 256)
     yield Case("Qwen2.5-0.5B", 2, 1, 256, "bfloat16")
 
 
