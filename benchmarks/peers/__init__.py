@@ -28,7 +28,9 @@ The record, benchmarks/results/peers.json, beside `record.environment`:
                     freed); "eaptk, least memory" contracts a layer at a time and runs layers again
         largest     by contender, tokens that fit in settings.gigabytes above the loaded model, on the straight line
                     through its two measured peaks, which is too many of all; null where it hardly grew
-        accuracy    by "peer" and "eaptk", by dtype: relative distance to float64, or the error that dtype raises
+        accuracy    by "peer" and "eaptk", by dtype: relative distance to float64, or the error that dtype raises; in
+                    float32 that of the check, in half precision of `comparison.ACCURACY_TOKENS`
+        took        seconds that the comparison took
 
 A figure may be drawn of a comparison whose error is null and whose check passed.
 """
