@@ -243,13 +243,13 @@ def _attribute(
         with torch.enable_grad(), Capture(sites, gradients=True, recompute=plan.checkpoint) as run:
             if callable(loss):
                 parts = [of_callable(model, batch, loss)]
+                sources = operands(run, request, other)
             else:
                 hidden = halves.hidden(batch.ids, targets.index)
+                sources = operands(run, request, other)  # the other prompt's go before logits come
                 values = losses.of_positions(loss, hidden, targets, halves, clean, scale)
                 parts = [targets.means(values, cut) for cut in cuts]
                 del hidden, values
-            sources = operands(run, request, other)
-            del other
             while parts:
                 part, again = parts.pop(), bool(parts)
                 contraction = Contraction(run, sources, lengths[len(parts)], plan.flush_layers, again)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -70,14 +70,27 @@ class Contraction:
         self._left = first
 
 
-def operands(run: Capture, request: Request, other: Mapping[str, Tensor] | None) -> list[Source]:
-    """Operands of a forward pass, with what the ablation replaces them by; `other` is of the other prompt."""
+def operands(run: Capture, request: Request, other: dict[str, Tensor] | None) -> list[Source]:
+    """Operands of a forward pass, with what the ablation replaces them by.
+
+    Args:
+        other: sources of the other prompt; it is emptied, and so are the run's: operands alone hold them now.
+    """
     if request.means is not None:
         check_means(request.means, run)
-    if request.loss != "kl":
-        return run.sources(other if request.means is None else request.means, later=True)
-    assert other is not None
-    return [
-        replace(source, value=other[name], replacement=source.value)
-        for name, source in zip(other, run.sources(later=True), strict=True)
-    ]
+    if other is None:
+        return run.sources(request.means, later=True)
+    sources = run.sources(later=True)
+    run.values.clear()
+    # O − O' is all that is ever read. Half precision would round it.
+    at_once = all(source.value.itemsize >= 4 for source in sources)
+    for i, name in enumerate([*other]):
+        value, replacement = sources[i].value, other.pop(name)
+        if request.loss == "kl":
+            value, replacement = replacement, value
+        sources[i] = (
+            replace(sources[i], value=value - replacement)
+            if at_once
+            else replace(sources[i], value=value, replacement=replacement)
+        )
+    return sources

@@ -81,7 +81,7 @@ class Work:
         parameters, unembedding: weights in matrix products of all layers, and in the last one.
         spared: of `parameters`, those that a layer run again stops before: nothing after them is kept.
         attention: FLOPs of all layers' products of queries, keys and values, forward.
-        patched: sources are held of two prompts.
+        patched: there is another prompt, whose sources are held until the forward pass has ended.
         n_cuts: backward passes from one forward pass, each with rows of its own.
         on_gpu: the contraction's scratch is the kernels', not the reference's.
     """
@@ -180,10 +180,8 @@ class Work:
 
     @property
     def sources(self) -> int:
-        """Bytes of what is kept of all sources."""
-        n_layers = self.graph.n_layers
-        attention = self.stream if self.graph.granularity == "block" else self._heads(self.graph.n_heads)
-        return (self.stream * (n_layers + 1) + attention * n_layers) * (1 + self.patched)
+        """Bytes of what is kept of all sources: O − O', or both of two prompts in half precision."""
+        return self._written * (2 if self.patched and self.itemsize < 4 else 1)
 
     @property
     def rows(self) -> int:
@@ -228,7 +226,7 @@ class Work:
         shared = checkpoint or self.itemsize >= 4 or not normed
         kept = (self.stream if checkpoint else self.kept) + (0 if shared else self.stream)
         inside = self.backward + (self.kept if checkpoint else 0)
-        most = n_layers * kept + self.logits
+        most = n_layers * kept + max(self.logits, self._written if self.patched and self.itemsize >= 4 else 0)
         # Further backward passes need all that the first went back through.
         below = n_layers if self.n_cuts > 1 else 0
         waiting = [self.readers[-1]]
@@ -289,6 +287,13 @@ class Work:
             self.gradients(now) + self.sources * len(self._sources_read(now)) // layers
             for _, now in self.flushes(flush_layers)
         )
+
+    @property
+    def _written(self) -> int:
+        """Bytes of what all sources wrote of one prompt."""
+        n_layers = self.graph.n_layers
+        attention = self.stream if self.graph.granularity == "block" else self._heads(self.graph.n_heads)
+        return self.stream * (n_layers + 1) + attention * n_layers
 
     def _heads(self, rows: int) -> int:
         return (

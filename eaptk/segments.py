@@ -70,6 +70,7 @@ def by_segments(
                 other, clean = capture.values, hidden if loss == "kl" else None
             with torch.enable_grad(), Capture(sites, gradients=True, recompute=True) as run:
                 hidden = halves.hidden(ids[:, start:end], here.index, past.open(model, start))
+                sources = operands(run, request, other)
                 part, ends = None, past.ends(end)
                 if not len(here.tokens):
                     ends.append((hidden, hidden.detach()))  # of no position, so that all gradients are there
@@ -79,7 +80,6 @@ def by_segments(
                     sample_losses += torch.stack([own.sum() for own in shares.detach().split(here.counts)])
                     part = shares.sum() * scale
                     del values, shares
-                sources = operands(run, request, other)
                 contraction = Contraction(run, sources, _lengths_within(lengths, start, end), flush_layers)
                 run.backward(part, contraction.layer_left, ends=ends, leaves=past.leaves())
                 found = contraction.finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -76,6 +76,31 @@ def test_the_height_of_memory_is_predicted_within_the_margin(
         )
     )
     assert 1 / MARGIN < found.work.peak(flush_layers, checkpoint) / measured < MARGIN
+
+
+@pytest.mark.parametrize("dials", [(LAYERS, False), (1, True)], ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=lambda value: str(value).removeprefix("torch.")
+)
+def test_so_is_that_of_two_prompts(
+    dtype: torch.dtype, granularity: Granularity, dials: tuple[int, bool]
+) -> None:
+    found = case("llama", granularity, dtype)
+    work = Work.of(found.model, found.sites, 1, TOKENS, n_loss=TOKENS - 1, patched=True)
+    batch = replace(found.batch, corrupt_ids=found.batch.ids.flip(1))
+    flush_layers, checkpoint = dials
+    measured = peak_bytes(
+        lambda: attribute(
+            found.model,
+            batch,
+            found.graph,
+            ablation="patching",
+            flush_layers=flush_layers,
+            checkpoint=checkpoint,
+        )
+    )
+    assert 1 / MARGIN < work.peak(flush_layers, checkpoint) / measured < MARGIN
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox"])
