@@ -21,6 +21,9 @@ from eaptk.errors import EaptkError
 from eaptk.progress import progress_bar
 from eaptk.questions import marked_answer
 
+#: Counts changes of what a text's final answer is and what it is compared with: files keep verdicts of their own rules.
+RULES = 2
+
 #: Seconds that reading or comparing one expression may take.
 _TIMEOUT = 5
 
@@ -48,8 +51,8 @@ class Verdict:
 def grade(answer: str, reference: str) -> Verdict:
     r"""Grade a text by its final answer.
 
-    That is what follows ``####``, what the last ``\boxed{}`` holds, or, where nothing is marked, what
-    math-verify takes for it (an expression after "answer is", else the last one).
+    That is what the text marks as such (`eaptk.questions.marked_answer`) or, where nothing is marked, what math-verify
+    takes for it (an expression after "answer is", else the last one).
 
     Args:
         answer: the whole text.
@@ -170,13 +173,13 @@ def _math_verify() -> Any:
 def grade_answers(answers: Answers, progress: bool = True) -> Answers:
     """Grade a file of answers and keep the verdicts in it: columns `right`, `reason` and `given`.
 
-    Verdicts that this version of math-verify gave before are kept.
+    Verdicts that this version of math-verify, and of the rules here, gave before are kept.
 
     Raises:
         EaptkError: as `grade`, or the file cannot be written.
     """
     _math_verify()
-    judge = {"math-verify": version("math-verify")}
+    judge = {"math-verify": version("math-verify"), "rules": RULES}
     if answers.facts.get("grading") == judge:
         return answers
     texts, references = (answers.table[c].to_pylist() for c in ("answer", "reference"))

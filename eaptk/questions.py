@@ -28,6 +28,12 @@ _QUESTION_FIELDS = ("question", "problem", "prompt")
 _REFERENCE_FIELDS = ("reference", "answer", "solution")
 _ID_FIELDS = ("id", "unique_id")
 
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
+#: How a line with an expression begins, and none like "2. Then" or "(b) Then".
+_EXPRESSION = re.compile(r"(?!\(?\w{1,3}[.)]\s+[^\W\d])[-+−([{$\\.\d]")
+#: What may stand before an answer on its line.
+_LABEL = re.compile(r"^\W*(?:the\s+)?(?:final\s+)?answer(?![a-z])(?:\s+is\b)?[\s:*]*", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -115,27 +121,34 @@ def read_questions(source: str | os.PathLike[str] | QuestionSet | Any) -> list[Q
 def reference_answer(text: str) -> str:
     r"""The final answer in a reference solution.
 
-    What follows ``####`` (GSM8K), else what the last ``\boxed{}`` holds (MATH), else all of it.
+    What follows ``####`` (GSM8K) or what the last ``\boxed{}`` holds (MATH), else all of it.
     """
     return marked_answer(text) or text.strip()
 
 
 def marked_answer(text: str) -> str | None:
-    r"""What a text marks as its final answer: after its last ``####``, or in its last ``\boxed{}``."""
-    _, mark, after = text.rpartition("####")
-    if mark and after.strip():
-        return after.strip().splitlines()[0].strip()
-    return last_boxed(text)
+    r"""What a text marks as its final answer: after its last ``####``, or in a ``\boxed{}`` behind that.
+
+    ``####`` begins a heading in Markdown, too. It marks an answer where the text ends with its line, or where what
+    follows begins as a number or an expression does.
+    """
+    last, found = -1, None
+    for mark in re.finditer(r"(?<!#)####(?!#)\s*([^\n]+)", text):
+        line = _LABEL.sub("", mark[1].strip()).strip("* ")
+        if line and (_EXPRESSION.match(line) or not text[mark.end() :].strip()):
+            last, found = mark.start(), line
+    boxed = [start.start() for start in _BOXED.finditer(text)]
+    return last_boxed(text) or found if boxed and boxed[-1] > last else found
 
 
 def last_boxed(text: str) -> str | None:
     r"""What the last ``\boxed{}`` (or ``\fbox{}``, or ``\boxed x``) holds; None if there is none that ends."""
-    starts = list(re.finditer(r"\\(?:boxed|fbox)\s*", text))
+    starts = list(_BOXED.finditer(text))
     if not starts:
         return None
     rest = text[starts[-1].end() :]
     if not rest.startswith("{"):
-        return re.split(r"[\s$.,]", rest, maxsplit=1)[0] or None
+        return re.split(r"[\s$]|[.,](?!\d)", rest, maxsplit=1)[0] or None
     depth = 0
     for position, (before, character) in enumerate(zip(" " + rest, rest, strict=False)):
         if before != "\\":  # an escaped brace is part of the answer

@@ -29,6 +29,15 @@ from eaptk.grading import Verdict, grade
         ("all real numbers", "all real numbers"),
         ("#### 3 1/2", "$3\\ 1/2$"),
         ("#### 10 000", "10000"),
+        ("#### Step 3: add\n\nThe answer is \\boxed{42}.", "42"),
+        ("#### Final Answer\n\n\\boxed{42}", "42"),
+        ("#### Final Answer: 42", "42"),
+        ("#### 2. Add them\n\nSo the answer is 42.", "42"),
+        ("#### **42**", "42"),
+        ("#### 42\n\nQuestion: how many are left?", "42"),
+        ("\\boxed{42}\n\n#### Check\n\n40 + 2 is it.", "42"),
+        ("so $\\boxed 3.5$.", "3.5"),
+        ("\\boxed{(B)}", "(b)"),
     ],
 )
 def test_an_answer_that_means_the_same_is_right(answer: str, reference: str) -> None:
@@ -50,6 +59,7 @@ def test_an_answer_that_means_the_same_is_right(answer: str, reference: str) -> 
         ("\\boxed{yes}", "no"),
         ("#### 31/2", "3 1/2"),
         ("#### 1 2", "12"),
+        ("#### Step 42", "42"),
     ],
 )
 def test_an_answer_that_means_something_else_is_wrong(answer: str, reference: str) -> None:
