@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from eaptk.comparison import Comparison
@@ -95,6 +95,11 @@ class Experiment:
     dense: Comparison = field(repr=False)
     sensitivity: tuple[Sensitivity, ...] = ()
     validation: tuple[Validation, ...] = ()
+
+    def place(self, run: str) -> tuple[Literal["step", "position"], float]:
+        """Where replicates look for a run: at its step in a series, else by its position among the names."""
+        position = self.names.index(run)
+        return ("position", position) if self.steps is None else ("step", self.steps[position])
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class Replicated:
         method, dataset, alpha: what the replicates share.
         convention: ``"real"`` or ``"dense"``.
         metric: as of `Difference`.
-        position: of the run among the names of each experiment (1 for the second).
-        step: its position along training, for a series; else None.
+        place: of the run in each experiment (`Experiment.place`).
         families: [S] of the replicates.
         differences: [S] of each, with its own interval.
         mean: of the S differences.
@@ -60,8 +59,7 @@ class Replicated:
     alpha: float
     convention: Convention
     metric: str
-    position: int
-    step: float | None
+    place: tuple[str, float]
     families: tuple[str, ...]
     differences: tuple[Difference, ...]
     mean: float
@@ -82,9 +80,10 @@ def across(experiments: Iterable[Experiment]) -> list[Replicated]:
     """Every difference that at least two experiments of one method, data set and α have, both conventions.
 
     In the order of the experiments, their runs and metrics, real edges before dense. Runs of a series are held
-    together where they stand at the same step.
+    together where they stand at the same step, others where they have the same place in their family, as they are
+    usually named after their seed.
     """
-    found: dict[tuple[str, str, float, Convention, int, float | None, str], dict[str, Difference]] = {}
+    found: dict[tuple[str, str, float, Convention, str, tuple[str, float]], dict[str, Difference]] = {}
     for e in experiments:
         conventions: tuple[tuple[Convention, Sequence[Difference]], ...] = (
             ("real", e.real.differences),
@@ -92,9 +91,7 @@ def across(experiments: Iterable[Experiment]) -> list[Replicated]:
         )
         for convention, differences in conventions:
             for d in differences:
-                position = e.names.index(d.run)
-                step = None if e.steps is None else e.steps[position]
-                key = (e.method, e.dataset, e.alpha, convention, position, step, d.metric)
+                key = (e.method, e.dataset, e.alpha, convention, d.metric, e.place(d.run))
                 found.setdefault(key, {})[e.family] = d
     return [
         _replicated(*key, families=tuple(members), differences=tuple(members.values()))
@@ -108,9 +105,8 @@ def _replicated(
     dataset: str,
     alpha: float,
     convention: Convention,
-    position: int,
-    step: float | None,
     metric: str,
+    place: tuple[str, float],
     families: tuple[str, ...],
     differences: tuple[Difference, ...],
 ) -> Replicated:
@@ -128,8 +124,7 @@ def _replicated(
         alpha=alpha,
         convention=convention,
         metric=metric,
-        position=position,
-        step=step,
+        place=place,
         families=families,
         differences=differences,
         mean=mean,

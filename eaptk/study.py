@@ -211,11 +211,10 @@ def score_stage(
     for name in study.used_models:
         mine = [setting for setting in everything if name in setting.family.models]
         with _loaded(study, name) as (model, tokenizer):
-            for together in _together(mine, out, name):
-                outs = {setting.cut: _run_folder(out, setting, name) for setting in together}
+            for setting, outs in _together(mine, out, name):
                 options: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress}
                 options |= {"loss": "self_nll", "given_answers": True, **asdict(study.scoring)}
-                samples = answers[name, together[0].dataset].samples(together[0].ids)
+                samples = answers[name, setting.dataset].samples(setting.ids)
                 if len(outs) > 1:
                     score_cuts(model, samples, outs, **options)
                 else:
@@ -233,10 +232,10 @@ def _run_folder(out: Path, setting: Setting, name: str) -> Path:
     return out / "runs" / setting.place / folder_name(name)
 
 
-def _together(settings: Sequence[Setting], out: Path, name: str) -> Iterator[list[Setting]]:
-    """Experiments of one model that share forward passes: of the same questions, each with a cut of its own.
+def _together(settings: Sequence[Setting], out: Path, name: str) -> Iterator[tuple[Setting, dict[int, Path]]]:
+    """Experiments of one model that share forward passes, being of the same questions: one of them, and runs by cut.
 
-    Runs that are there go on with the cuts they were begun with: other α may have been added since.
+    Runs that are there go on with the cuts they were begun with: α may have been added since, or taken out.
     """
     left = list(settings)
     while left:
@@ -247,7 +246,13 @@ def _together(settings: Sequence[Setting], out: Path, name: str) -> Iterator[lis
         for s, each in zip(alike, begun, strict=True):
             if s.cut in cuts and each in (None, cuts):
                 together.setdefault(s.cut, s)
-        yield list(together.values())
+        runs = {cut: _run_folder(out, s, name) for cut, s in together.items()}
+        first = next(iter(runs.values()))
+        for sibling in sorted(first.parent.parent.glob(f"*/{first.name}/manifest.json")):
+            found = read_json(sibling)
+            if found.get("cuts") == cuts and found["cut"] not in runs:
+                runs[found["cut"]] = sibling.parent
+        yield alike[0], runs
         left = [s for s in left if not any(s is other for other in together.values())]
 
 

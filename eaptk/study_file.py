@@ -12,16 +12,14 @@ unknown are errors.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
 from eaptk.answers import Engine
 from eaptk.errors import EaptkError
@@ -32,10 +30,9 @@ from eaptk.questions import READY_MADE, QuestionSet, question_set
 from eaptk.resampling import Resampling
 from eaptk.selection import PROTOCOLS, Protocol
 from eaptk.sweep import bin_edges
+from eaptk.typed import build, guess, known_keys, mapping
 
 ALPHAS = (0.03, 0.1, 0.3, 0.5)
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -199,6 +196,7 @@ class Study:
             find_template(model.prompt or self.generation.prompt)
         for family in self.families:
             _check_family(family, self.models)
+        _check_replicates(self.families)
         if self.validation.alpha is not None and self.validation.alpha not in self.alphas:
             raise EaptkError(f"validation.alpha is {self.validation.alpha}; it must be one of the alphas")
 
@@ -241,10 +239,20 @@ def read_study(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
     if not isinstance(content, dict):
         raise EaptkError(f"{path} is no study: it needs the keys models and datasets")
     content.setdefault("name", path.resolve().parent.name if path.stem == "study" else path.stem)
-    for key, value in (changes or {}).items():
+    changes = changes or {}
+    for key, value in changes.items():
         if key in _OPTIONS or key == "selection":
-            value = _mapping(content.get(key), key) | value
+            value = mapping(content.get(key), key) | value
         content[key] = value
+    if isinstance(content.get("models"), dict) and "models" not in changes:
+        # What is said of all models goes for those that the file says it of one by one, too.
+        general = {*changes, *changes.get("generation", {})}
+        content["models"] = {
+            name: {key: value for key, value in model.items() if key not in general}
+            if isinstance(model, dict)
+            else model
+            for name, model in content["models"].items()
+        }
     try:
         return make_study(content, path.parent)
     except EaptkError as error:
@@ -261,14 +269,14 @@ def make_study(content: Mapping[str, Any], folder: Path = Path()) -> Study:
     Raises:
         EaptkError: as `read_study`.
     """
-    _known_keys(content, [*(f.name for f in fields(Study)), "selection"], "the study")
+    known_keys(content, [*(f.name for f in fields(Study)), "selection"], "the study")
     models = _models(content.get("models"), folder)
     families = _families(content.get("families"), models, folder)
     simple = {
         key: content[key] for key in ("name", "alphas", "drop_short", "device", "dtype") if key in content
     }
-    options = {key: _build(kind, content.get(key), key) for key, kind in _OPTIONS.items()}
-    return _build(
+    options = {key: build(kind, content.get(key), key) for key, kind in _OPTIONS.items()}
+    return build(
         Study,
         simple
         | options
@@ -285,12 +293,19 @@ def make_study(content: Mapping[str, Any], folder: Path = Path()) -> Study:
 def _models(given: Any, folder: Path) -> dict[str, Model]:
     if not isinstance(given, Mapping) or not given:
         raise EaptkError("models must map names to folders or names on the hub: {sft: checkpoints/sft, …}")
-    models = {}
+    models: dict[str, Model] = {}
     for name, value in given.items():
         where = f"models.{name}"
-        model = _build(Model, value if isinstance(value, Mapping) else {"path": value}, where)
+        model = build(Model, value if isinstance(value, Mapping) else {"path": value}, where)
+        _new(str(name), models, "models")
         models[str(name)] = replace(model, path=_place(model.path, folder, where))
     return models
+
+
+def _new(name: str, found: Mapping[str, Any], what: str) -> None:
+    """YAML's 1 and "1" are two keys, but one name."""
+    if name in found:
+        raise EaptkError(f"{what}: the name {name!r} is given twice")
 
 
 def _place(name: str, folder: Path, where: str) -> str:
@@ -316,7 +331,7 @@ def _families(given: Any, models: dict[str, Model], folder: Path) -> tuple[Famil
 def _family(given: Any, where: str, models: dict[str, Model], folder: Path) -> Family:
     if not isinstance(given, Mapping):
         raise EaptkError(f"{where} must be a mapping: {{name: …, models: [baseline, …]}}")
-    _known_keys(given, ["name", "method", "models", "steps", "baseline", "checkpoints"], where)
+    known_keys(given, ["name", "method", "models", "steps", "baseline", "checkpoints"], where)
     content = dict(given)
     if "checkpoints" in content:
         if "models" in content or "steps" in content or "baseline" not in content:
@@ -324,7 +339,7 @@ def _family(given: Any, where: str, models: dict[str, Model], folder: Path) -> F
         name = str(content.get("name", content["checkpoints"]))
         start = str(content.pop("baseline"))
         if start not in models:
-            raise EaptkError(f"{where}: {_guess(start, [*models], 'baseline')}")
+            raise EaptkError(f"{where}: {guess(start, [*models], 'baseline')}")
         found = _checkpoints(str(content.pop("checkpoints")), folder, where)
         series = {f"{name} {step:g}": replace(models[start], path=str(path)) for step, path in found}
         if clash := series.keys() & models.keys():
@@ -335,7 +350,7 @@ def _family(given: Any, where: str, models: dict[str, Model], folder: Path) -> F
     last = members[-1:] if isinstance(members, (list, tuple)) else ()
     content.setdefault("name", " ".join(map(str, last)))
     content.setdefault("method", content["name"])
-    return _build(Family, content, where)
+    return build(Family, content, where)
 
 
 def _checkpoints(pattern: str, folder: Path, where: str) -> list[tuple[float, Path]]:
@@ -367,27 +382,28 @@ def _datasets(given: Any, folder: Path) -> dict[str, QuestionSet]:
         raise EaptkError(
             f"datasets must be a list of names ({', '.join(READY_MADE)}) or files, or map names to them"
         )
-    found = {}
+    found: dict[str, QuestionSet] = {}
     for name, value in given.items():
         where = f"datasets.{name}"
-        content = {"source": value} if isinstance(value, str) else _mapping(value, where)
-        _known_keys(content, [f.name for f in fields(QuestionSet)], where)
+        content = {"source": value} if isinstance(value, str) else mapping(value, where)
+        known_keys(content, [f.name for f in fields(QuestionSet)], where)
         source = str(content.pop("source", name))
         if source not in READY_MADE:
-            split = source.partition(":")
+            split = (source, "", "") if (folder / source).exists() else source.partition(":")
             source = _place(split[0], folder, where) + "".join(split[1:])
-        found[str(name)] = _build(QuestionSet, vars(question_set(source, **content)), where)
+        _new(str(name), found, "datasets")
+        found[str(name)] = build(QuestionSet, vars(question_set(source, **content)), where)
     return found
 
 
 def _protocol(name: Any, changes: Any) -> Protocol:
     if not isinstance(name, str) or name not in PROTOCOLS:
-        raise EaptkError(_guess(str(name), [*PROTOCOLS], "protocol"))
+        raise EaptkError(guess(str(name), [*PROTOCOLS], "protocol"))
     if changes is None:
         return PROTOCOLS[name]
     if isinstance(changes, Mapping) and "name" in changes:
         raise EaptkError("selection has no 'name'; protocol names it")
-    return _build(Protocol, vars(PROTOCOLS[name]) | _mapping(changes, "selection"), "selection")
+    return build(Protocol, vars(PROTOCOLS[name]) | mapping(changes, "selection"), "selection")
 
 
 def _at_least_one(where: str, **options: int) -> None:
@@ -400,7 +416,7 @@ def _check_family(family: Family, models: Mapping[str, Model]) -> None:
     where = f"family {family.name!r}"
     for name in family.models:
         if name not in models:
-            raise EaptkError(f"{where}: {_guess(name, [*models], 'model')}")
+            raise EaptkError(f"{where}: {guess(name, [*models], 'model')}")
     if len(family.models) < 2:
         raise EaptkError(f"{where} has {len(family.models)} models; two are needed, the baseline first")
     _distinct(f"{where}: models", family.models)
@@ -408,6 +424,21 @@ def _check_family(family: Family, models: Mapping[str, Model]) -> None:
         raise EaptkError(
             f"{where} has {len(family.steps)} steps for {len(family.models)} models; give one each"
         )
+    if family.steps is not None and any(b <= a for a, b in pairwise(family.steps)):
+        raise EaptkError(f"{where}: steps are {[*family.steps]}; they must increase, as training goes on")
+
+
+def _check_replicates(families: Sequence[Family]) -> None:
+    """Families of a method are seeds of one experiment, so each has its models in the same order."""
+    places: dict[tuple[str, str], tuple[int, Family]] = {}
+    for family in families:
+        for position, model in enumerate(family.models if family.steps is None else ()):
+            before, other = places.setdefault((family.method, model), (position, family))
+            if before != position:
+                raise EaptkError(
+                    f"families {other.name!r} and {family.name!r} of {family.method!r} have {model!r} at different "
+                    f"places; means over them are taken place by place, so give both one order"
+                )
 
 
 def folder_name(name: str) -> str:
@@ -422,64 +453,3 @@ def _distinct(what: str, names: Sequence[str]) -> None:
         if folder in folders:
             raise EaptkError(f"{what}: {folders[folder]!r} and {name!r} would share a folder; rename one")
         folders[folder] = name
-
-
-def _mapping(given: Any, where: str) -> dict[str, Any]:
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise EaptkError(f"{where} must be a mapping of options, not {given!r}")
-    return dict(given)
-
-
-def _build(kind: type[_T], given: Any, where: str) -> _T:
-    """A dataclass from a mapping of its fields, each of the type that it says."""
-    content = _mapping(given, where)
-    _known_keys(content, [f.name for f in fields(kind)], where)  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    for name, value in content.items():
-        content[name] = _typed(value, hints[name], f"{where}.{name}" if where != "the study" else name)
-    try:
-        return kind(**content)
-    except TypeError as error:  # a field without a default is missing
-        missing = [f.name for f in fields(kind) if f.name not in content]  # type: ignore[arg-type]
-        raise EaptkError(f"{where} needs {' and '.join(missing[:1])}") from error
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as the type of a field, or an error that says what it must be."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _typed(value, next(choice for choice in choices if choice is not type(None)), where)
-    if origin is Literal:
-        if value not in choices:
-            raise EaptkError(f"{where}: {_guess(str(value), [str(choice) for choice in choices], 'value')}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise EaptkError(f"{where} must be a list, not {value!r}")
-        return tuple(
-            _typed(item, choices[0], where) if hint != tuple[Family, ...] else item for item in value
-        )
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is str and type(value) in (int, float):
-        return str(value)
-    if hint in (int, float, str, bool) and type(value) is not hint:
-        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
-        raise EaptkError(f"{where} must be {kind}, not {value!r}")
-    return value
-
-
-def _known_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise EaptkError(f"{where}: {_guess(str(key), known, 'key')}")
-
-
-def _guess(name: str, known: Sequence[str], what: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    return f"{name!r} is no {what}: {hint}"

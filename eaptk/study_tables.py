@@ -85,14 +85,14 @@ class Line:
 
     Args:
         label: the family, and the run where the experiment has several.
-        group: what lines are grouped by: the method, and the run likewise.
-        position: of the run among the experiment's names.
+        run: its name.
+        group: what lines are grouped by: the method, and likewise the run's place.
         real, dense: its differences by metric, in either convention.
     """
 
     label: str
-    group: str
-    position: int
+    run: str
+    group: tuple[str, tuple[str, float] | None]
     experiment: Experiment
     real: dict[str, Difference]
     dense: dict[str, Difference]
@@ -104,12 +104,12 @@ def lines(experiments: Iterable[Experiment]) -> list[Line]:
     for experiment in experiments:
         runs = experiment.names[1:] if experiment.steps is None else experiment.names[-1:]
         for run in runs:
-            suffix = f": {run}" if len(runs) > 1 else ""
+            several = len(runs) > 1
             found.append(
                 Line(
-                    experiment.family + suffix,
-                    experiment.method + suffix,
-                    experiment.names.index(run),
+                    f"{experiment.family}: {run}" if several else experiment.family,
+                    run,
+                    (experiment.method, experiment.place(run) if several else None),
                     experiment,
                     {d.metric: d for d in experiment.real.differences if d.run == run},
                     {d.metric: d for d in experiment.dense.differences if d.run == run},
@@ -139,7 +139,7 @@ def glance(results: StudyResults) -> list[StudyTable]:
     tables = []
     replicates = _replicates(results)
     for dataset, found in grouped(lines(results.experiments), lambda line: line.experiment.dataset).items():
-        groups = list(grouped(found, lambda line: line.group))
+        groups = grouped(found, lambda line: line.group)
         alphas = grouped(found, lambda line: line.experiment.alpha)
         rows = []
         for metric in _metrics(found):
@@ -150,7 +150,7 @@ def glance(results: StudyResults) -> list[StudyTable]:
                 ]
                 short = (replace(cell, small=(" ".join(cell.small),)) for cell in cells)
                 rows.append((Cell(metric), Cell(f"{alpha:g}"), *short))
-        tables.append(StudyTable(dataset, ("metric", "α", *groups), tuple(rows)))
+        tables.append(StudyTable(dataset, ("metric", "α", *map(_group_label, groups.values())), tuple(rows)))
     return tables
 
 
@@ -281,10 +281,10 @@ def _by_family(results: StudyResults, columns: Callable[[Sequence[Line]], list[_
         shown = columns(found)
         rows: list[tuple[Cell, ...]] = []
         kinds: list[Literal["", "summary", "member"]] = []
-        for group, members in grouped(found, lambda line: line.group).items():
+        for members in grouped(found, lambda line: line.group).values():
             if len(members) > 1:
                 cells = [_summary(members, metric, side, replicates) for _, metric, side in shown]
-                rows.append((Cell(group, (f"mean of {len(members)}",)), *cells))
+                rows.append((Cell(_group_label(members), (f"mean of {len(members)}",)), *cells))
                 kinds.append("summary")
             for member in members:
                 comparison = member.experiment.real
@@ -297,6 +297,12 @@ def _by_family(results: StudyResults, columns: Callable[[Sequence[Line]], list[_
     return tables
 
 
+def _group_label(members: Sequence[Line]) -> str:
+    """The method, and the run where there are several; replicates may each have named it."""
+    method, place = members[0].group
+    return method if place is None else f"{method}: {', '.join(dict.fromkeys(m.run for m in members))}"
+
+
 def _metrics(found: Iterable[Line]) -> list[str]:
     return list(dict.fromkeys(metric for line in found for metric in line.real))
 
@@ -304,7 +310,7 @@ def _metrics(found: Iterable[Line]) -> list[str]:
 def _replicates(results: StudyResults) -> dict[tuple[Any, ...], Replicated]:
     """Every mean over families, by where it was measured and of which families."""
     return {
-        (r.families, r.dataset, r.alpha, r.position, r.convention, r.metric): r
+        (r.families, r.dataset, r.alpha, r.place, r.convention, r.metric): r
         for r in across(results.experiments)
     }
 
@@ -317,16 +323,17 @@ def _summary(
     if len(differences) < 2:
         return _difference(differences[0] if differences else None, brief=True)
     families = tuple(m.experiment.family for m in members if metric in getattr(m, side))
-    first = members[0]
-    place = (first.experiment.dataset, first.experiment.alpha, first.position, side, metric)
-    mean = replicates.get((families, *place))
+    first, places = members[0].experiment, {m.experiment.place(m.run) for m in members}
+    mean = None
+    if len(places) == 1:
+        mean = replicates.get((families, first.dataset, first.alpha, *places, side, metric))
     directions = [d.direction for d in differences]
     counts = " ".join(
         f"{directions.count(which)}{ARROWS[which]}"
         for which in ("up", "down", "unresolved")
         if which in directions
     )
-    if mean is None:  # of series that do not end at one step
+    if mean is None:  # of series that do not end at the same step
         return Cell("–", (counts,))
     baselines = [d.value_baseline for d in mean.differences]
     scale = sum(baselines) / len(baselines) if min(baselines) > 0 else None

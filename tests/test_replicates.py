@@ -29,8 +29,8 @@ def pick(found: list[Replicated], metric: str = "intensity", convention: str = "
 
 def test_only_what_is_replicated_is_held_together(experiments: list[Experiment]) -> None:
     found = across(experiments)
-    assert {(r.method, r.dataset, r.alpha, r.position, r.step) for r in found} == {
-        ("GRPO", "arithmetic", 0.3, 1, None)
+    assert {(r.method, r.dataset, r.alpha, r.place) for r in found} == {
+        ("GRPO", "arithmetic", 0.3, ("position", 1))
     }
     assert {r.families for r in found} == {tuple(f"GRPO seed {seed}" for seed in SEEDS)}
     metrics = [d.metric for d in experiments[0].real.differences]
@@ -86,13 +86,15 @@ def test_what_a_replicate_lacks_the_summary_lacks(experiments: list[Experiment])
 
 
 def test_runs_of_a_series_are_held_together_at_the_same_step() -> None:
-    names = ("start", "middle", "end")
-    options = {"method": "SFT", "names": names}
     series = [
-        make_experiment("seed 0", steps=(0, 100, 200), seed=0, **options),
-        make_experiment("seed 1", steps=(0, 100, 300), seed=1, **options),
+        make_experiment(
+            "seed 0", method="SFT", names=("start", "early", "middle", "end"), steps=(0, 50, 100, 200), seed=0
+        ),
+        make_experiment(
+            "seed 1", method="SFT", names=("start", "middle", "end"), steps=(0, 100, 300), seed=1
+        ),
     ]
-    assert {(r.position, r.step) for r in across(series)} == {(1, 100)}
+    assert {r.place for r in across(series)} == {("step", 100)}
 
 
 @pytest.mark.parametrize(("seeds", "questions"), [(1.0, 0.1), (0.1, 1.0), (1.0, 1.0)])

@@ -195,6 +195,28 @@ def test_the_same_command_again_changes_nothing(place: Path, capfd: pytest.Captu
 
 
 @pytest.mark.usefixtures("results")
+def test_a_study_with_fewer_cuts_goes_on_with_the_runs_that_are_there(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    arguments = (
+        "study",
+        place / "study.yaml",
+        "--out",
+        tmp_path / "out",
+        "--alpha",
+        0.6,
+        "--until",
+        "compare",
+    )
+    code, _, error = run(capfd, *arguments)
+    assert (code, error) == (0, "")
+    for name in ("sft", "rl"):
+        where = f"out/runs/RL-seed-0/exam/alpha-0.6/{name}/scores.npy"
+        assert (tmp_path / where).read_bytes() == (place / where).read_bytes()
+
+
+@pytest.mark.usefixtures("results")
 @pytest.mark.parametrize("call", [9, 90, 260])
 def test_a_study_killed_anywhere_goes_on_to_the_same_numbers(place: Path, tmp_path: Path, call: int) -> None:
     command = ["study", str(place / "study.yaml"), "--out", str(tmp_path / "out"), "--until", "compare"]

@@ -50,6 +50,19 @@ def test_flags_replace_what_the_file_says_option_by_option(tmp_path: Path) -> No
     assert study.alphas == (0.25,)
 
 
+def test_flags_for_all_models_replace_what_the_file_says_of_one(tmp_path: Path) -> None:
+    models = {
+        "a": {"path": "gpt2", "prompt": "mistral", "max_new_tokens": 7, "dtype": "float16"},
+        "b": "gpt2-xl",
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL | {"models": models}))
+    changes = {"generation": {"max_new_tokens": 9}, "dtype": "bfloat16"}
+    study = read_study(tmp_path / "study.yaml", changes)
+    model = study.models["a"]
+    assert (model.prompt, model.max_new_tokens, model.dtype) == ("mistral", None, None)
+    assert (study.generation.max_new_tokens, study.dtype) == (9, "bfloat16")
+
+
 def test_checkpoints_of_a_training_run_stand_at_the_steps_in_their_names(tmp_path: Path) -> None:
     for step in (100, 20, 3):
         (tmp_path / f"run2/checkpoint-{step}").mkdir(parents=True)
@@ -123,6 +136,18 @@ def test_models_in_no_family_are_left_alone() -> None:
         ({"families": [{"models": {"a": "b"}}]}, "families[0].models must be a list, not {'a': 'b'}"),
         ({"families": [{"name": "f", "models": ["a"]}]}, "family 'f' has 1 models; two are needed"),
         ({"families": [{"name": "f", "models": ["a", "b"], "steps": [1]}]}, "has 1 steps for 2 models"),
+        ({"families": [{"name": "f", "models": ["a", "b"], "steps": [2, 2]}]}, "[2.0, 2.0]; they must increase"),
+        ({"models": {1: "x", "1": "y"}}, "models: the name '1' is given twice"),
+        (
+            {
+                "models": {"a": "x", "b": "y", "c": "z"},
+                "families": [
+                    {"name": "s0", "method": "m", "models": ["a", "b", "c"]},
+                    {"name": "s1", "method": "m", "models": ["a", "c", "b"]},
+                ],
+            },
+            "families 's0' and 's1' of 'm' have 'c' at different places",
+        ),
         ({"families": [{"name": "f", "models": ["a", "b"]}] * 2}, "families: 'f' and 'f' would share a folder"),
         ({"families": [{"name": "f", "checkpoints": "x-*"}]}, r"families[0]: checkpoints go with a baseline"),
         ({"families": [{"name": "f", "baseline": "a", "checkpoints": "x-*"}]}, "no folder x-* with a step in its name"),

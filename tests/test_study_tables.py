@@ -102,6 +102,44 @@ def test_seeds_stand_below_the_mean_of_their_method() -> None:
     assert table.kinds == ("summary", "member", "member", "member", "")
 
 
+def named(experiment: Experiment, *names: str, **fields: Any) -> Experiment:
+    """The same with its runs called otherwise."""
+    new = dict(zip(experiment.names, names, strict=True))
+
+    def renamed(side: Any) -> Any:
+        differences = tuple(replace(d, run=new[d.run], baseline=new[d.baseline]) for d in side.differences)
+        return replace(side, names=names, differences=differences)
+
+    return replace(
+        experiment, names=names, real=renamed(experiment.real), dense=renamed(experiment.dense), **fields
+    )
+
+
+def test_seeds_with_several_runs_are_held_together_by_place_whatever_their_names() -> None:
+    first = make_experiment("seed 0", names=("SFT", "a0", "b0"))
+    second = named(make_experiment("seed 1", names=("SFT", "a0", "b0"), seed=1), "SFT", "a1", "b1")
+    (table,) = headline(make_study([first, second]))
+    names = [row[0].text for row in table.rows]
+    assert names == ["GRPO: a0, a1", "seed 0: a0", "seed 1: a1", "GRPO: b0, b1", "seed 0: b0", "seed 1: b1"]
+    for place, row in ((1, "GRPO: a0, a1"), (2, "GRPO: b0, b1")):
+        both = [
+            next(d for d in e.real.differences if d.metric == "intensity" and d.run == e.names[place])
+            for e in (first, second)
+        ]
+        mean = sum(d.difference for d in both) / sum(d.value_baseline for d in both)
+        assert cell(table, row, "intensity").text.endswith(percent(mean))
+
+
+def test_series_of_unlike_ends_have_no_mean_though_they_share_a_step() -> None:
+    first = make_experiment("seed 0", names=("SFT", "x"), steps=(0, 10))
+    second = make_experiment("seed 1", names=("SFT", "x", "y"), steps=(0, 10, 20), seed=1)
+    (table,) = headline(make_study([first, second]))
+    assert cell(table, "GRPO", "intensity").text == "–"
+    again = make_experiment("seed 1", names=("SFT", "w", "y"), steps=(0, 5, 10), seed=1)
+    (table,) = headline(make_study([first, again]))
+    assert cell(table, "GRPO", "intensity").text != "–"
+
+
 def test_the_mean_of_seeds_says_how_many_of_them_are_resolved() -> None:
     mixed = [*seeds(0.5, 0.6), *seeds(-0.4, 0.1, q=0.9)[1:]]
     experiments = [replace(e, family=f"GRPO seed {k}") for k, e in enumerate(mixed)]
