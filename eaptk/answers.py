@@ -12,6 +12,7 @@ answers never take the place of those that are there.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -248,7 +249,7 @@ def answer_questions(
         }
     )
     Answers(out, facts, table).write()
-    for journal in out.parent.glob(f".{out.name}.*.jsonl"):
+    for journal in out.parent.glob(f".{glob.escape(out.name)}.*.jsonl"):
         journal.unlink()
     # As read back, whether answered now or before: the file written from it is then the same to the byte.
     return Answers.open(out)

@@ -43,6 +43,7 @@ app.command()(score)
 
 @app.command()
 def inspect(
+    context: typer.Context,
     target: Annotated[
         str, typer.Argument(help="A run directory, or a model's folder or name.", metavar="RUN|MODEL")
     ],
@@ -85,6 +86,13 @@ def inspect(
     from rich.console import Console
 
     console = Console()
+    if not plan:
+        for option in ("tokens", "loss_tokens", "granularity", "card", "budget", "dtype"):
+            given = context.get_parameter_source(option)
+            if given is not None and given.name == "COMMANDLINE":
+                raise EaptkError(
+                    f"--{option.replace('_', '-')} is for --plan alone; add that, or leave it out"
+                )
     if plan:
         from eaptk.loading import quiet_transformers
 

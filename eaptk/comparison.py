@@ -139,7 +139,9 @@ class Comparison:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.to_frame().to_csv(paths[0], index=False)
-            paths[1].write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            paths[1].write_text(
+                json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             self.edges_frame().to_parquet(paths[2], index=False)
         except OSError as error:
             raise EaptkError(f"cannot write the comparison to {folder}: {error.strerror}") from error
@@ -204,12 +206,12 @@ class Comparison:
 def relative_change(baseline: npt.ArrayLike, strength: npt.ArrayLike) -> Doubles:
     """(strength − baseline) / baseline of each edge; both [e] mean |W|.
 
-    NaN where the baseline is 0, and where both are below `NOISE` (1e-4) times the largest strength in either:
-    there a change is one of rounding.
+    NaN where either is, where the baseline is 0, and where both are below `NOISE` (1e-4) times the largest strength
+    in either: there a change is one of rounding.
     """
     a, b = np.asarray(baseline, dtype=np.float64), np.asarray(strength, dtype=np.float64)
     stronger = np.maximum(a, b)
-    counts = (a > 0) & (stronger >= NOISE * stronger.max(initial=0))
+    counts = (a > 0) & (stronger >= NOISE * np.fmax.reduce(stronger, initial=0))
     return np.divide(b - a, a, out=np.full(a.shape, np.nan), where=counts)
 
 
@@ -297,7 +299,6 @@ def compare(
             found, key=lambda d: (*METRICS, "loss").index(d.metric.removesuffix(AT_EQUAL_LOSS))
         )
     finished = [int((np.asarray(run.done) == 1).sum()) for run in runs]
-    n = len(pairing.ids)
     return Comparison(
         names=names,
         graph=runs[0].graph,
@@ -305,7 +306,7 @@ def compare(
         metrics=metrics,
         differences=holm(differences),
         sample_ids=pairing.ids,
-        n_dropped=tuple(count - n for count in finished),
+        n_dropped=pairing.n_dropped,
         n_unfinished=tuple(len(run.done) - count for run, count in zip(runs, finished, strict=True)),
         resampling=resampling,
         notes=(
@@ -313,6 +314,7 @@ def compare(
             *kept_note,
             *_notes(pairing.n_groups, names, sides if control_loss else []),
             *_notes_without_rows(runs, names, metrics, varying),
+            *_notes_on_range(names, metrics),
         ),
     )
 
@@ -362,6 +364,14 @@ def _notes_without_rows(
             f"over the shared ones is unknown"
         )
     return notes
+
+
+def _notes_on_range(names: Sequence[str], metrics: Sequence[Metrics]) -> list[str]:
+    return [
+        f"complexity leaves out the {m.n_above:,} scores of {name} whose |W| is above the range's end, {m.upper:.3g}"
+        for name, m in zip(names, metrics, strict=True)
+        if m.n_above
+    ]
 
 
 def _contributions(

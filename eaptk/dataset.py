@@ -152,7 +152,7 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
         padded = sum(falling[first] * (end - first) for first, end in pairwise(starts(most_padding)))
         return padded - before[-1] > PADDING * padded
 
-    limit = tokens_per_batch
+    limit = min(tokens_per_batch, falling[0] * len(falling))  # beyond that nothing is padded
     if is_too_much(limit):
         limit = bisect_left(range(1, limit), True, key=is_too_much)
     return [order[first:end].tolist() for first, end in pairwise(starts(limit))]

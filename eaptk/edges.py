@@ -125,7 +125,7 @@ def _of_file(graph: Graph, path: Path) -> Integers:
             return _of_table(graph, pandas.read_csv(path))
         if path.suffix == ".parquet":
             return _of_table(graph, pandas.read_parquet(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise EaptkError(f"{path} cannot be read as edges: {error}") from error
     except EaptkError as error:
         raise EaptkError(f"{path}: {error}") from error

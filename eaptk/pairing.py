@@ -44,12 +44,14 @@ class Pairing:
         ids: [n] of the shared samples, in the baseline's order.
         rows: [k] of [n], their rows in each run.
         groups: [n], the same integer for samples of one group; a sample without a group is one of its own.
+        n_dropped: [k], how many finished samples of each run, of those asked for, are not shared.
         notes: what could not be verified or differs without forbidding a comparison, a sentence each.
     """
 
     ids: tuple[str, ...]
     rows: tuple[Integers, ...]
     groups: Integers
+    n_dropped: tuple[int, ...]
     notes: tuple[str, ...]
 
     @property
@@ -104,14 +106,17 @@ def pair(runs: Sequence[PairedRun], names: Sequence[str], ids: Collection[str] |
         }
         for run, table in zip(runs, tables, strict=True)
     ]
-    wanted = where[0] if ids is None else set(ids)
-    shared = [name for name in where[0] if name in wanted and all(name in rows for rows in where[1:])]
+    if ids is not None:
+        wanted = set(ids)
+        where = [{name: row for name, row in rows.items() if name in wanted} for rows in where]
+    shared = [name for name in where[0] if all(name in rows for rows in where[1:])]
     if len(shared) < 2:
         raise EaptkError(
             f"runs {' and '.join(str(run.path) for run in runs)} share {len(shared)} finished samples"
             f"{'' if ids is None else ' of those asked for'}; "
             f"a comparison needs two (samples are paired by id)"
         )
+    n_dropped = tuple(len(rows) - len(shared) for rows in where)
     rows = tuple(np.array([rows[name] for name in shared]) for rows in where)
     tables = [table.take(index) for table, index in zip(tables, rows, strict=True)]
     for run, table in zip(runs[1:], tables[1:], strict=True):
@@ -128,7 +133,7 @@ def pair(runs: Sequence[PairedRun], names: Sequence[str], ids: Collection[str] |
         raise EaptkError(
             f"all {len(shared)} shared samples belong to one group; an interval needs at least two"
         )
-    return Pairing(tuple(shared), rows, groups, _notes(runs, names))
+    return Pairing(tuple(shared), rows, groups, n_dropped, _notes(runs, names))
 
 
 def shared_columns(
@@ -231,4 +236,9 @@ def _notes(runs: Sequence[PairedRun], names: Sequence[str]) -> tuple[str, ...]:
     if len(set(dtypes)) > 1:
         each = ", ".join(f"{dtype} ({name})" for dtype, name in zip(dtypes, names, strict=True))
         notes.append(f"model dtypes differ: {each}; part of a difference may be rounding")
+    short = [n for run, n in zip(runs, names, strict=True) if run.manifest.get("row_dtype") == "float16"]
+    if short:
+        notes.append(
+            f"scores of {', '.join(short)} were stored as float16: below 6e-5 with few digits, below 3e-8 as 0"
+        )
     return tuple(notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ def records(source: Any, config: str | None = None) -> Iterator[tuple[str, int, 
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if path.is_file() and path.suffix != ".parquet":
+        is_file = os.path.isfile(path)  # Path's own raises where a name is too long
+        if is_file and path.suffix != ".parquet":
             yield from _json_lines(path)
             return
         name = str(source)
-        found = _parquet(path) if path.is_file() else _hugging_face(source, config)
+        found = _parquet(path) if is_file else _hugging_face(source, config)
     else:
         name, found = "the dataset", source
         if isinstance(found, Mapping):

@@ -220,7 +220,8 @@ def _found(path: Path) -> Found:
             n_bytes += entry.stat().st_blocks * 512 if entry.is_file() else 0
     try:
         manifest = read_manifest(path)
-        assert manifest is not None
+        if manifest is None:
+            return Found(path, n_bytes, problem="its manifest.json is a link to nothing")
         keep, n_samples, content = layout(path, manifest)
         n_done = int((content.done == 1).sum()) if content.begun else 0
     except EaptkError as error:

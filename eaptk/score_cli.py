@@ -66,7 +66,8 @@ def score(
         typer.Option(min=1, help="Of longer samples take so many tokens at a time: slower, for less memory."),
     ] = None,
     row_dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="How scores are stored.")
+        Literal["float32", "float16"],
+        typer.Option(help="How scores are stored; float16 has few digits below 6e-5, and 0 below 3e-8."),
     ] = "float32",
     metrics_only: Annotated[
         bool,

@@ -183,9 +183,14 @@ class Run:
         """What was stored of some samples (None: of all that are done), with names, matrices, tables and graphs.
 
         Raises:
-            EaptkError: there is no such sample, or the run keeps no rows.
+            EaptkError: there is no such sample, it is not done, or the run keeps no rows.
         """
         chosen = np.flatnonzero(self.done) if rows is None else indices(rows, self.n_samples, "sample")
+        undone = chosen[self.done[chosen] != 1]
+        if len(undone):
+            raise EaptkError(
+                f"sample {undone[0]} of run {self.path} is not done; score it first, or leave it out"
+            )
         arrays = {name: array[chosen] for name, array in self._rows().read().items()}
         columns = arrays.get("columns", self.columns)
         return KeptScores(arrays["scores"], columns, self.graph, chosen, arrays.get("absolute"))

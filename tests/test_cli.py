@@ -409,3 +409,12 @@ main(["inspect", "nope"])
 
 def test_inspect_names_what_is_neither(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert f"{tmp_path} is no model" in error_of(capfd, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option", [("--granularity", "head"), ("--tokens", 512), ("--card", "A100-80GB")], ids=str
+)
+def test_inspect_refuses_what_only_a_plan_reads(
+    model: Path, capfd: pytest.CaptureFixture[str], option: Any
+) -> None:
+    assert f"{option[0]} is for --plan alone" in error_of(capfd, "inspect", model, *option)

@@ -49,6 +49,7 @@ def test_values_are_the_metrics_of_the_shared_samples(dense):
     found = compare([a, b], dense=dense, resampling=QUICK)
     assert found.sample_ids == tuple(f"q{i}" for i in range(5, 30) if i != 7)
     assert (found.n_dropped, found.n_unfinished) == ((5, 6), (1, 0))
+    assert compare([a, b], ids=found.sample_ids[:4], resampling=QUICK).n_dropped == (0, 0)
     upper = found.metrics[0].upper
     alone_a = measure(a, rows=[i for i in range(5, 30) if i != 7], upper=upper, dense=dense)
     alone_b = measure(b, rows=[i - 5 for i in range(5, 30) if i != 7], upper=upper, dense=dense)
@@ -160,6 +161,24 @@ def test_three_runs_are_each_held_against_the_first_and_corrected_together():
 
 def test_relative_change_is_per_edge_and_undefined_where_the_baseline_is_zero():
     np.testing.assert_array_equal(relative_change([2.0, 4.0, 0.0], [3.0, 1.0, 1.0]), [0.5, -0.75, np.nan])
+
+
+def test_an_edge_whose_strength_is_unknown_leaves_the_changes_of_others():
+    np.testing.assert_array_equal(
+        relative_change([2.0, np.nan, 4.0], [3.0, 1.0, np.nan]), [0.5, np.nan, np.nan]
+    )
+    assert np.isnan(relative_change([np.nan], [np.nan])).all()
+
+
+def test_scores_above_a_range_that_was_given_are_counted_in_a_note():
+    a, b = two_runs()
+    found = compare([a, b], upper=float(np.quantile(np.abs(a.scores), 0.9)), resampling=QUICK)
+    above = [int((np.abs(run.scores) > found.metrics[0].upper).sum()) for run in (a, b)]
+    for name, n in zip(found.names, above, strict=True):
+        assert any(
+            note.startswith(f"complexity leaves out the {n:,} scores of {name}") for note in found.notes
+        )
+    assert not any("leaves out" in note for note in compare([a, b], resampling=QUICK).notes)
 
 
 def test_the_change_of_an_edge_that_is_noise_in_both_runs_is_no_finding():

@@ -133,6 +133,7 @@ def test_what_names_no_edge_is_refused_in_one_line(given: Any, message: str) -> 
     [
         ("e.json", b"[]", "give .npy, .parquet, .csv or .txt"),
         ("e.npy", b"no array", "cannot be read as edges"),
+        ("e.npy", b"", "cannot be read as edges"),
         ("e.parquet", b"no table", "cannot be read as edges"),
         ("e.csv", b"", "cannot be read as edges"),
         ("e.csv", b"column\n3\n\nmany\n", "edge indices must be a list of integers"),

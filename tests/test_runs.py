@@ -121,6 +121,8 @@ def test_one_bit_that_changed_is_found_and_computed_again(tmp_path: Path, kind: 
     assert verified(path, repair=True).repaired
     assert np.flatnonzero(Run.open(path).done == 0).tolist() == [2, 7]
     assert np.isnan(Run.open(path).loss[[2, 7]]).all()
+    with pytest.raises(EaptkError, match=r"sample 7 of run .* is not done"):
+        Run.open(path).kept([6, 7])
     assert verified(path).intact, "what is not done is not verified"
     make_run(path, kind)
     assert content(path) == before
