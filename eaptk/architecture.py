@@ -8,7 +8,7 @@ An entry names modules by their path in the Hugging Face implementation; nothing
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,6 +66,9 @@ class Architecture:
             )
 
 
+#: Kinds of rotary positions whose frequencies transformers chooses anew for each forward pass, by its longest sample.
+_BATCH_BOUND = ("dynamic", "longrope")
+
 _REGISTRY: dict[str, Architecture] = {}
 
 
@@ -83,10 +86,12 @@ def find_architecture(config: Any) -> Architecture:
     """The entry for a Hugging Face config.
 
     Raises:
-        EaptkError: the model is not a decoder, or its type has no entry.
+        EaptkError: the model is not a decoder, or its type has no entry; its attention reads what comes later, or its
+            positions depend on what else is in a batch.
     """
     model_type = getattr(config, "model_type", None)
     if model_type in _REGISTRY:
+        _refuse_acausal(config)
         return _REGISTRY[model_type]
     if getattr(config, "is_encoder_decoder", False):
         raise EaptkError(
@@ -99,6 +104,24 @@ def find_architecture(config: Any) -> Architecture:
         f"{guess} If it is a pre-norm decoder, describe it with "
         f"eaptk.register_architecture(eaptk.Architecture({model_type!r}, …)); encoder-only models have no causal edges"
     )
+
+
+def _refuse_acausal(config: Any) -> None:
+    if getattr(config, "is_causal", None) is False:
+        raise EaptkError(
+            "the config has is_causal false: attention reads later tokens too, so there are no causal edges"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [
+        rope,
+        *(value for value in rope.values() if isinstance(value, Mapping)),
+    ]  # some have one a kind of layer
+    bound = sorted({str(found["rope_type"]) for found in each if found.get("rope_type") in _BATCH_BOUND})
+    if bound:
+        raise EaptkError(
+            f"rotary positions of type {bound[0]!r} follow the longest sample of a batch, so a sample's scores would "
+            f"depend on its neighbours; give the config another rope_type (default, linear, yarn, llama3)"
+        )
 
 
 for _model_type in ("llama", "mistral", "qwen2", "qwen3"):

@@ -6,6 +6,7 @@ mask is needed, positions count from 0, and a sample's numbers cannot depend on 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -89,11 +90,20 @@ class Batch:
         Args:
             tensors: ``input_ids`` [B, T]; optional ``attention_mask`` [B, T] (padding on either side);
                 optional ``labels`` [B, T] in the Hugging Face convention (labels[b, t] is token t itself,
-                −100 for no loss; default: every token but the first); optional ``corrupt_ids`` [B, T].
+                −100 for no loss; default: every token but the first); optional ``corrupt_ids`` [B, T], whose
+                padding is that of ``input_ids``. What else
+                tokenizers return says nothing more, and is left alone.
 
         Raises:
-            EaptkError: a tensor is missing or has another shape, or a sample has no real token or no target.
+            EaptkError: a tensor is missing or has another shape, a sample has no real token or no target, positions
+                are not counted from each sample's first token, or something here is unknown.
         """
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        unknown = [name for name in tensors if name not in (*_READ, *_LEFT_ALONE)]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), _READ, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it reads {', '.join(_READ)}"
+            raise EaptkError(f"a batch mapping has no {unknown[0]!r}{hint}")
         if "input_ids" not in tensors:
             raise EaptkError(
                 f"a batch mapping needs 'input_ids'; it has {', '.join(map(repr, tensors)) or 'nothing'}"
@@ -107,10 +117,18 @@ class Batch:
         labels = _integers("labels", tensors.get("labels", ids))
         corrupt = tensors.get("corrupt_ids")
         corrupt = None if corrupt is None else _integers("corrupt_ids", corrupt)
-        for name, value in (("attention_mask", mask), ("labels", labels), ("corrupt_ids", corrupt)):
+        positions = mask.cumsum(1) - 1
+        given = _integers("position_ids", tensors.get("position_ids", positions))
+        each = {"attention_mask": mask, "labels": labels, "corrupt_ids": corrupt, "position_ids": given}
+        for name, value in each.items():
             if value is not None and value.shape != ids.shape:
                 raise EaptkError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}")
 
+        if bool((given != positions)[mask].any()):
+            raise EaptkError(
+                "position_ids do not count each sample's tokens from 0: samples packed into one row would read each "
+                "other; give each sample a row of its own"
+            )
         targets = torch.full_like(ids, NO_TARGET)
         both_real = mask[:, 1:] & mask[:, :-1]
         targets[:, :-1] = torch.where(both_real, labels[:, 1:], NO_TARGET)
@@ -136,10 +154,21 @@ class Batch:
         return batch
 
 
+#: What a mapping may hold: what is read, and what tokenizers return beside it.
+_READ = ("input_ids", "attention_mask", "labels", "corrupt_ids", "position_ids")
+_LEFT_ALONE = (
+    "token_type_ids",
+    "special_tokens_mask",
+    "length",
+    "offset_mapping",
+    "overflow_to_sample_mapping",
+)
+
+
 def _integers(name: str, values: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise EaptkError(f"{name} is no rectangle of numbers; tokenise with padding=True") from error
     if tensor.is_floating_point() or tensor.is_complex():
         raise EaptkError(f"{name} holds {tensor.dtype}; expected integers")

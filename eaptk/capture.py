@@ -31,9 +31,17 @@ from eaptk.weights import at_hand, is_offloaded, laid_out_for_gradients
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; every flag as it was found outside, errors included."""
+    """Evaluation mode and no parameter gradients inside; every flag as it was found outside, errors included.
+
+    Raises:
+        EaptkError: the model's parameters are such that no gradient flows through them.
+    """
     training = [module for module in model.modules() if module.training]
     # By place: of an offloaded model each use of a parameter leaves another object there.
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise EaptkError(
+            "the model was made under torch.inference_mode(), which allows no gradients; make it outside"
+        )
     trainable = [
         (module, name)
         for module in model.modules()

@@ -84,13 +84,13 @@ def operands(run: Capture, request: Request, other: dict[str, Tensor] | None) ->
     run.values.clear()
     # O − O' is all that is ever read. Half precision would round it.
     at_once = all(source.value.itemsize >= 4 for source in sources)
-    for i, name in enumerate([*other]):
-        value, replacement = sources[i].value, other.pop(name)
+    for i, (source, name) in enumerate(zip(sources, [*other], strict=True)):
+        value, replacement = source.value, other.pop(name)
         if request.loss == "kl":
             value, replacement = replacement, value
         sources[i] = (
-            replace(sources[i], value=value - replacement)
+            replace(source, value=value - replacement)
             if at_once
-            else replace(sources[i], value=value, replacement=replacement)
+            else replace(source, value=value, replacement=replacement)
         )
     return sources

@@ -113,6 +113,10 @@ class Graph:
     @classmethod
     def from_model(cls, model: Any, granularity: Level = "block", qkv: Qkv = "split") -> Graph:
         """The graph of a loaded Hugging Face model; see `from_config`."""
+        if not hasattr(model, "config"):
+            raise EaptkError(
+                f"a {type(model).__name__} has no Hugging Face config; give the causal LM inside it"
+            )
         return cls.from_config(model.config, granularity, qkv)
 
     @cached_property

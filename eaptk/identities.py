@@ -28,7 +28,7 @@ from eaptk.kernels import Source, contract
 from eaptk.losses import Targets
 from eaptk.passes import Halves, sample_losses
 from eaptk.sites import Sites
-from eaptk.weights import bare, device_of, dtype_of
+from eaptk.weights import bare, device_of, dtype_of, features
 
 #: Largest relative error that passes. In half precision the model's own rounding is all that is seen.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -164,9 +164,11 @@ def _head_biases(sites: Sites, batch: Batch, run: Capture) -> Tensor:
     scores = torch.zeros(len(batch), graph.n_edges, dtype=torch.float64)
     destinations = [replace(destination, reach=1) for destination in run.destinations()]
     for index, layer in enumerate(sites.layers):
-        bias = getattr(layer.attention_output, "bias", None)
-        if bias is None or layer.attention_post_norm is not None:
+        shape = features(layer.attention_output)
+        if shape is None or layer.attention_post_norm is not None:
             continue
+        # Of an adapted projection the adapter may have one as well.
+        bias = layer.attention_output.forward(run.values["input"].new_zeros(1, 1, shape[0]))
         written = Source(bias.detach().expand_as(run.values[f"a{index}"]))
         columns = contract([written], destinations, batch.lengths.tolist()).double().cpu()
         source = [node.name for node in graph.sources].index(f"a{index}")

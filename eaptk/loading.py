@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -231,7 +232,13 @@ def _with_adapter(model: Any, name: str | os.PathLike[str]) -> Any:
             f"not supported; merge the adapter and save the whole model"
         )
     try:
-        adapted: Any = bare(PeftModel.from_pretrained(model, str(name)))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            adapted: Any = bare(PeftModel.from_pretrained(model, str(name)))
+        # It would do as if there were no adapter, or only a part of it.
+        missing = [str(each.message) for each in said if "missing adapter keys" in str(each.message)]
+        if missing:
+            raise EaptkError(f"the adapter {name} is not of its base model: {missing[0][:200]}")
     except EaptkError:
         raise
     except Exception as error:  # of many kinds: missing or broken files, shapes, modules that are not there
@@ -394,8 +401,8 @@ def _sha256(text: str) -> str:
 def _device(device: str | None) -> torch.device:
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, or torch built without it
+        torch.empty(0, dtype=torch.float64, device=found)  # scores are added up in that
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, not of this torch, or without float64
         raise EaptkError(f"device {device!r} cannot be used: {_first_line(error)}") from error
     return found
 

@@ -77,17 +77,20 @@ def prompt_tokens(prompt: str, questions: Sequence[str], tokenizer: Any) -> list
         return [tuple(tokenizer(text)["input_ids"]) for text in texts]
     if not getattr(tokenizer, "chat_template", None):
         raise EaptkError("prompt 'chat' needs a tokenizer with a chat template; name a template instead")
-    return [
-        tuple(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+    try:
+        return [
+            tuple(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": question}],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                )
             )
-        )
-        for question in questions
-    ]
+            for question in questions
+        ]
+    except Exception as error:  # whatever the template's own code raises
+        raise EaptkError(f"the tokenizer's chat template fails: {' '.join(str(error).split())}") from error
 
 
 def stop_tokens(stop: Sequence[str], tokenizer: Any) -> list[int]:

@@ -89,6 +89,14 @@ def _check_foils(batch: Batch) -> None:
 
 
 def check_tokens(batch: Batch, model: nn.Module) -> None:
+    """Raises EaptkError for tokens that the model does not know, and samples longer than its learned positions."""
+    places = getattr(model.config, "n_positions", None)
+    if places is not None and batch.ids.shape[1] > places:
+        sample = int(batch.lengths.argmax())
+        raise EaptkError(
+            f"sample {batch.names[sample]!r} has {int(batch.lengths[sample]):,} tokens, the model's positions end at "
+            f"{places:,}; cut it"
+        )
     n_tokens = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     for name in ("ids", "corrupt_ids", "targets", "foils"):
         tokens = getattr(batch, name)
@@ -108,7 +116,7 @@ def check_tokens(batch: Batch, model: nn.Module) -> None:
 def check_means(means: Mapping[str, Tensor], run: Capture) -> None:
     """Raises EaptkError where means are not those of the sources that `run` captured."""
     for name, value in run.values.items():
-        found = tuple(means[name].shape) if name in means else None
+        found = tuple(means[name].shape) if means.get(name) is not None else None
         needed = tuple(value.shape[2:])
         if len(needed) == 2:  # of all heads, whichever of them this process has
             needed = (run.sites.graph.n_heads, needed[1])

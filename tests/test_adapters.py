@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from checkpoints import save_checkpoint
 from oracle import relative_error
+from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -207,6 +209,26 @@ def test_the_fingerprint_tells_adapters_apart_by_weights_and_by_scale(folders: t
     with given.disable_adapter():
         found.add(weights_fingerprint(given))
     assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.replace("base_model.model.", "base_model.model.language_model."),
+        lambda key: key if "layers.0." in key else None,
+    ],
+    ids=["other names", "half of it"],
+)
+def test_an_adapter_of_which_weights_are_missing_is_refused(
+    folders: tuple[Path, Path], rename: Callable[[str], str | None]
+) -> None:
+    _, adapter = folders
+    file = adapter / "adapter_model.safetensors"
+    save_file({new: value for key, value in load_file(file).items() if (new := rename(key))}, file)
+    with pytest.raises(
+        EaptkError, match=r"the adapter .* is not of its base model: Found missing adapter keys"
+    ):
+        load_model(adapter)
 
 
 @pytest.mark.parametrize(

@@ -113,14 +113,32 @@ def test_an_entry_with_a_wrong_path_is_refused_by_name(path: str) -> None:
         attribute(model, tiny_batch(), Graph.from_model(model))
 
 
+def _rope(kind: str, **settings: Any) -> transformers.LlamaConfig:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **settings}
+    return transformers.LlamaConfig(rope_parameters=rope, original_max_position_embeddings=2048)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_positions_that_no_neighbour_changes_are_taken(kind: str) -> None:
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    config = _rope(kind, factor=2.0, original_max_position_embeddings=1024, **more)
+    assert Graph.from_config(config).n_layers == config.num_hidden_layers
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (transformers.PhiConfig(), "model type 'phi' has no architecture entry.*register_architecture"),
         (transformers.BertConfig(), "model type 'bert' has no architecture entry.*encoder-only"),
         (transformers.T5Config(), "'t5' is an encoder-decoder"),
+        (transformers.Qwen2Config(is_causal=False), "is_causal false.*no causal edges"),
+        (_rope("dynamic", factor=2.0), "positions of type 'dynamic' follow the longest sample of a batch"),
+        (
+            _rope("longrope", factor=2.0, short_factor=[1.0] * 64, long_factor=[2.0] * 64),
+            "positions of type 'longrope' follow the longest sample",
+        ),
     ],
-    ids=["phi", "bert", "t5"],
+    ids=["phi", "bert", "t5", "both ways", "dynamic", "longrope"],
 )
 def test_an_unknown_model_type_is_named_with_the_remedy(config: Any, message: str) -> None:
     with pytest.raises(EaptkError, match=message):

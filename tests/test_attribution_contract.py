@@ -178,6 +178,20 @@ def test_a_callable_that_is_no_loss_per_sample_is_refused(loss: Any, message: st
         attribute(model, tiny_batch(), Graph.from_model(model), loss=loss)
 
 
+def test_a_model_that_allows_no_gradients_is_refused() -> None:
+    with torch.inference_mode():
+        model = tiny_model("llama", torch.float32)
+    with pytest.raises(EaptkError, match=r"made under torch.inference_mode\(\)"):
+        attribute(model, tiny_batch(), Graph.from_model(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_wrapper_without_a_config_is_named() -> None:
+    model = nn.DataParallel(tiny_model("llama", torch.float32))
+    with pytest.raises(EaptkError, match="a DataParallel has no Hugging Face config"):
+        Graph.from_model(model)
+
+
 def test_a_sample_without_a_target_is_named() -> None:
     model, batch = tiny_model("llama", torch.float32), tiny_batch()
     targets = batch.targets.clone()

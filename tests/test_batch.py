@@ -19,13 +19,43 @@ from eaptk.batch import NO_TARGET
         ({"input_ids": torch.zeros(0, 3, dtype=torch.int64)}, "one sample or more"),
         ({"input_ids": [[1, 999]]}, "token 999 of its ids"),
         ({"input_ids": [[1, 2]], "labels": [[1, -1]]}, "token -1 of its targets"),
+        ({"input_ids": None}, "needs 'input_ids'"),
+        ({"input_ids": [[1, 2]], "corupt_ids": [[3, 4]]}, "has no 'corupt_ids'; did you mean 'corrupt_ids'"),
+        ({"input_ids": [[1, 2, 3, 4]], "position_ids": [[0, 1, 0, 1]]}, "give each sample a row of its own"),
     ],
-    ids=["ragged", "float", "float-empty", "empty", "unknown-token", "unknown-label"],
+    ids=[
+        "ragged",
+        "float",
+        "float-empty",
+        "empty",
+        "unknown-token",
+        "unknown-label",
+        "none",
+        "typo",
+        "packed",
+    ],
 )
 def test_tokens_that_are_none_are_named(mapping: dict[str, object], message: str) -> None:
     model = tiny_model("qwen2")
     with pytest.raises(EaptkError, match=message):
         attribute(model, mapping, Graph.from_model(model))
+
+
+def test_what_tokenizers_return_beside_tokens_changes_nothing() -> None:
+    model = tiny_model("qwen2")
+    graph = Graph.from_model(model)
+    mapping = {"input_ids": [[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]], "attention_mask": [[0, 0, 1, 1, 1], [1] * 5]}
+    more = {"position_ids": [[9, 9, 0, 1, 2], [*range(5)]], "token_type_ids": [[0] * 5] * 2, "labels": None}
+    assert torch.equal(attribute(model, mapping, graph).rows, attribute(model, mapping | more, graph).rows)
+
+
+def test_a_sample_beyond_learned_positions_is_named() -> None:
+    model = tiny_model("gpt2")
+    ids = torch.ones(2, model.config.n_positions + 1, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    with pytest.raises(EaptkError, match=r"sample '1' has .* tokens, the model's positions end at"):
+        attribute(model, {"input_ids": ids, "attention_mask": mask}, Graph.from_model(model))
 
 
 def test_token_ids_may_be_of_any_integer_type() -> None:

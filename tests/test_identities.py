@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import peft
 import pytest
 import torch
 from tiny import NAMES, tiny_model
@@ -38,6 +39,16 @@ def test_a_wrong_entry_breaks_the_identity_that_names_it(
     monkeypatch.setitem(architecture._REGISTRY, "llama", entry)
     register_architecture(dataclasses.replace(entry, **change))
     assert any(broken in found.name for found in check(model) if not found.passed)
+
+
+def test_the_bias_of_an_adapter_belongs_to_no_head() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["o_proj"], lora_bias=True, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama", torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.default.bias"):
+                parameter.normal_()
+    assert all(found.passed for found in check(model))
 
 
 def test_an_entry_that_names_a_module_of_another_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,13 @@ def test_what_ends_an_answer_must_be_one_token() -> None:
         stop_tokens(["w1 w2"], tokenizer)
 
 
+def test_a_chat_template_that_fails_is_one_line() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('system first') }}"
+    with pytest.raises(EaptkError, match="the tokenizer's chat template fails: system first"):
+        prompt_tokens("chat", ["w1"], tokenizer)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
