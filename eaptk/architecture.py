@@ -2,7 +2,7 @@
 
 An entry names modules by their path in the Hugging Face implementation; nothing here imports torch.
 `register_architecture` adds an entry from outside the package. After registering one, run
-`eaptk check MODEL`: a wrong path or a wrong norm breaks an identity there and is named.
+`eaptk.check(model)`: a wrong path or a wrong norm breaks an identity there and is named.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def find_architecture(config: Any) -> Architecture:
     guess = f"; did you mean {close[0]!r}?" if close else ""
     raise EaptkError(
         f"model type {model_type!r} has no architecture entry (known: {', '.join(registered_architectures())})"
-        f"{guess} If it is a pre-norm decoder, describe it with "
+        f"{guess}. If it is a pre-norm decoder, describe it with "
         f"eaptk.register_architecture(eaptk.Architecture({model_type!r}, …)); encoder-only models have no causal edges"
     )
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EdgeScores:
     """Scores of one batch.
 
@@ -54,6 +54,10 @@ class EdgeScores:
     rows: Tensor
     loss: Tensor
     graph: Graph
+
+    def __repr__(self) -> str:
+        n_samples, n_edges = self.rows.shape
+        return f"EdgeScores({n_samples:,} samples × {n_edges:,} edges, {self.graph})"
 
     def matrix(self) -> npt.NDArray[Any]:
         """[B, n_sources, n_destinations], 0 where there is no edge."""

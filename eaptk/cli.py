@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,8 +30,17 @@ app = typer.Typer(
 )
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"eaptk {version('eaptk')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
+    _: Annotated[
+        bool, typer.Option("--version", help="Say the version.", callback=_say_version, is_eager=True)
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (or EAPTK_DEBUG=1).")
     ] = False,
@@ -69,8 +79,7 @@ def inspect(
         typer.Option(help="Of the weights; default: what the config says."),
     ] = None,
 ) -> None:
-    """Show what a run holds and its strongest edges, or a model's graph, or
-    with --plan what scoring it will take.
+    """Show a run and its strongest edges, a model's graph, or with --plan what scoring it will take.
 
     Of a run that is going on, the rows done by now; of a model, no weights
     are read.
@@ -131,6 +140,10 @@ def inspect(
         from eaptk.loading import load_config
         from eaptk.tables import graph_facts
 
+        if any(Path(target).glob("*/manifest.json")):
+            raise EaptkError(
+                f"{target} is no run, but a folder of some; `eaptk runs list {target}` shows them"
+            )
         config = load_config(target)
         graphs = [Graph.from_config(config, granularity) for granularity in ("block", "head")]  # type: ignore[arg-type]
         console.print(graph_facts(target, config, graphs))
@@ -156,8 +169,7 @@ def metrics(
         Path | None, typer.Option(help="Draw mean |W| of every edge to PICTURE.png and PICTURE.svg.")
     ] = None,
 ) -> None:
-    """Measure a run: activation intensity, information complexity, kurtosis,
-    diversity, output entropy.
+    """Measure a run: activation intensity, information complexity, kurtosis, diversity, output entropy.
 
     Entropies depend on bins and range: give the same ones to runs you want to
     hold side by side, or better, use compare. A run of metrics only has its
@@ -179,7 +191,11 @@ def metrics(
         measure(opened, dense=convention, bins=bins, upper=upper) for convention in (False, True)[: 1 + dense]
     ]
     kept = "" if opened.keep.whole and opened.keep.top is None else f" ({opened.keep.description})"
-    Console().print(_metrics_table(f"{run}{kept}", found))
+    layers, top = opened.keep.layer_pairs, opened.keep.top
+    of = (
+        "sums over layer pairs" if layers else "real edges" if top is None else f"the {top:,} strongest edges"
+    )
+    Console().print(_metrics_table(f"{run}{kept}", found, of))
     if json_file is not None:
         _write_json(json_file, {("dense" if m.dense else "real"): m.to_dict() for m in found})
     if picture is not None:
@@ -217,8 +233,7 @@ def compare(
         ),
     ] = False,
 ) -> None:
-    """Compare runs on the samples they share, paired by id: values, differences,
-    intervals, tests, effect sizes.
+    """Compare runs on the samples they share, paired by id: values, differences, intervals, tests, effect sizes.
 
     Samples of one group are resampled together. p-values are corrected for the
     number of metrics and runs.
@@ -299,7 +314,7 @@ def check(
         )
 
 
-def _metrics_table(name: str, found: list[Metrics]) -> Table:
+def _metrics_table(name: str, found: list[Metrics], of: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -309,7 +324,7 @@ def _metrics_table(name: str, found: list[Metrics]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
     for each in found:
-        table.add_column("dense, zeros counted" if each.dense else "real edges", justify="right")
+        table.add_column("dense, zeros counted" if each.dense else of, justify="right")
     for metric in ("intensity", "complexity", "kurtosis", "diversity", "output_entropy"):
         values = [getattr(each, metric) for each in found]
         shown = ["undefined" if value is None else f"{value:.6g}" for value in values]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from eaptk.resampling import (
     holm,
     paired_differences,
 )
+from eaptk.store import opened
 from eaptk.sweep import Doubles, sweep
 
 if TYPE_CHECKING:
@@ -163,7 +165,9 @@ class Comparison:
         ]
         # One number for all rows stands in the title; a column for it would not fit 80 characters.
         uneven = len(set(pairs)) > 1
+        first = self.metrics[0]
         caption = (
+            f"complexity: {first.bins:,} bins up to {first.upper:.3g}; "
             f"intervals: paired bootstrap, {self.resampling.confidence:.0%}; p: paired permutation, "
             f"Holm-corrected over metrics (not for the loss, which is shown beside); d_z: paired effect size; "
             f"?: not resolved after correction"
@@ -171,6 +175,7 @@ class Comparison:
         )
         table = Table(
             title=f"{' and '.join(names[1:])} against {names[0]}: {self.sample_size()}"
+            + (", zeros counted" if first.dense else "")
             + (f" ({dropped:,} samples without a finished partner left out)" if dropped else ""),
             title_justify="left",
             caption="\n".join([caption, *(escape(f"note: {note}") for note in self.notes)]),
@@ -180,17 +185,17 @@ class Comparison:
             collapse_padding=True,
             pad_edge=False,
         )
-        for heading in ("metric", *(["run"] if several else [])):
-            table.add_column(heading)
+        table.add_column("metric", overflow="ellipsis", no_wrap=True)
         value = "value" if several else names[1]
         headings = (names[0], value, "difference", "interval", "p", "d_z", *(["pairs"] if uneven else []))
         for heading in headings:
             table.add_column(heading, justify="right", overflow="fold")
         arrow = {"up": "↑", "down": "↓", "unresolved": "?"}
-        for d, n_pairs in zip(self.differences, pairs, strict=True):
+        for i, (d, n_pairs) in enumerate(zip(self.differences, pairs, strict=True)):
+            if several and (i == 0 or self.differences[i - 1].run != d.run):
+                table.add_row(escape(d.run), style="bold")
             table.add_row(
                 "↳ eq. loss" if d.metric.endswith(AT_EQUAL_LOSS) else d.metric,
-                *([escape(d.run)] if several else []),
                 f"{d.value_baseline:.3g}",
                 f"{d.value:.3g}",
                 f"{arrow[d.direction]} {d.difference:+.3g}",
@@ -216,7 +221,7 @@ def relative_change(baseline: npt.ArrayLike, strength: npt.ArrayLike) -> Doubles
 
 
 def compare(
-    runs: Sequence[PairedRun],
+    runs: Sequence[PairedRun | str | os.PathLike[str]],
     *,
     names: Sequence[str] | None = None,
     ids: Collection[str] | None = None,
@@ -231,7 +236,7 @@ def compare(
     """Compare runs on the samples that are done in all of them.
 
     Args:
-        runs: two or more; the first is the baseline.
+        runs: two or more, or their directories; the first is the baseline.
         names: of the runs; default: their folders'.
         ids: compare only these samples; None for all.
         columns: as for `eaptk.metrics.measure`; None for all edges that every run kept.
@@ -247,15 +252,16 @@ def compare(
     """
     if len(runs) < 2:
         raise EaptkError(f"a comparison needs at least two runs; got {len(runs)}")
-    names = run_names(runs, names)
-    pairing = pair(runs, names, ids)
+    paired: list[PairedRun] = [opened(run) for run in runs]
+    names = run_names(paired, names)
+    pairing = pair(paired, names, ids)
     rows, groups = pairing.rows, pairing.groups
-    columns, kept_note = shared_columns(runs, columns)
-    bins, upper = agreed_histogram(runs, bins, upper)
+    columns, kept_note = shared_columns(paired, columns)
+    bins, upper = agreed_histogram(paired, bins, upper)
     if upper is None:
         tops = [
             sweep(run.scores, index, stored_places(run, columns)).max_abs.max()
-            for run, index in zip(runs, rows, strict=True)
+            for run, index in zip(paired, rows, strict=True)
         ]
         upper = float(max(tops)) or None
     options: dict[str, Any] = {
@@ -265,7 +271,7 @@ def compare(
         "upper": upper,
         "log_base": log_base,
     }
-    metrics = tuple(measure(run, rows=index, **options) for run, index in zip(runs, rows, strict=True))
+    metrics = tuple(measure(run, rows=index, **options) for run, index in zip(paired, rows, strict=True))
 
     # Kurtosis and correlations exist only where scores vary, and compare only over the same samples.
     varies = ~np.isnan(sum(m.sample_kurtosis for m in metrics))
@@ -273,11 +279,11 @@ def compare(
     if not varies.all():
         varying = [
             measure(run, rows=index[varies], **options) if varies.sum() >= 2 else None
-            for run, index in zip(runs, rows, strict=True)
+            for run, index in zip(paired, rows, strict=True)
         ]
     sides = [
         _contributions(m, v, varies, np.asarray(run.loss)[index])
-        for m, v, run, index in zip(metrics, varying, runs, rows, strict=True)
+        for m, v, run, index in zip(metrics, varying, paired, rows, strict=True)
     ]
     differences: list[Difference] = []
     for name, side in zip(names[1:], sides[1:], strict=True):
@@ -298,22 +304,22 @@ def compare(
         differences += sorted(
             found, key=lambda d: (*METRICS, "loss").index(d.metric.removesuffix(AT_EQUAL_LOSS))
         )
-    finished = [int((np.asarray(run.done) == 1).sum()) for run in runs]
+    finished = [int((np.asarray(run.done) == 1).sum()) for run in paired]
     return Comparison(
         names=names,
-        graph=runs[0].graph,
-        ablation=runs[0].manifest["ablation"],
+        graph=paired[0].graph,
+        ablation=paired[0].manifest["ablation"],
         metrics=metrics,
         differences=holm(differences),
         sample_ids=pairing.ids,
         n_dropped=pairing.n_dropped,
-        n_unfinished=tuple(len(run.done) - count for run, count in zip(runs, finished, strict=True)),
+        n_unfinished=tuple(len(run.done) - count for run, count in zip(paired, finished, strict=True)),
         resampling=resampling,
         notes=(
             *pairing.notes,
             *kept_note,
             *_notes(pairing.n_groups, names, sides if control_loss else []),
-            *_notes_without_rows(runs, names, metrics, varying),
+            *_notes_without_rows(paired, names, metrics, varying),
             *_notes_on_range(names, metrics),
         ),
     )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from eaptk.errors import EaptkError
 from eaptk.files import differences_between
 from eaptk.graph import Graph, Node
-from eaptk.store import Run
+from eaptk.store import Run, opened
 from eaptk.sweep import Integers, indices
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def strongest(run: Run, n: int) -> Integers:
     Raises:
         EaptkError: the run has no row yet, kept sums over layer pairs, or knows fewer edges.
     """
+    run = opened(run)
     if run.keep.layer_pairs:
         raise EaptkError(f"run {run.path} kept sums over layer pairs, so which edges are strong is unknown")
     if not run.done.any():

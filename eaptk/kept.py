@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.sweep import Doubles, Integers
 
@@ -40,7 +41,7 @@ class EdgeMeans(NamedTuple):
         return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KeptScores:
     """Scores of n samples, as a run stored them.
 
@@ -56,8 +57,12 @@ class KeptScores:
     values: npt.NDArray[Any]
     columns: npt.NDArray[Any]
     graph: Graph
-    samples: Integers = field(repr=False)
-    absolute: npt.NDArray[Any] | None = field(default=None, repr=False)
+    samples: Integers
+    absolute: npt.NDArray[Any] | None = None
+
+    def __repr__(self) -> str:
+        n_samples, n_scores = self.values.shape
+        return f"KeptScores({n_samples:,} samples × {n_scores:,} scores, {self.graph})"
 
     def __len__(self) -> int:
         return len(self.values)
@@ -69,8 +74,15 @@ class KeptScores:
         return self.graph.matrix(rows)
 
     def to_scipy(self) -> scipy.sparse.csr_array:
-        """[n, n_edges]: what was kept is stored, zeros among it too; what is not stored is unknown, not 0."""
-        import scipy.sparse
+        """[n, n_edges]: what was kept is stored, zeros among it too; what is not stored is unknown, not 0.
+
+        Raises:
+            EaptkError: SciPy is not installed.
+        """
+        try:
+            import scipy.sparse
+        except ImportError as error:
+            raise EaptkError("a sparse array needs SciPy: pip install scipy") from error
 
         n, m = self.values.shape
         order = np.argsort(self._columns, axis=1, kind="stable")

@@ -402,7 +402,7 @@ def _device(device: str | None) -> torch.device:
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, dtype=torch.float64, device=found)  # scores are added up in that
-    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, not of this torch, or without float64
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, not built in, no float64
         raise EaptkError(f"device {device!r} cannot be used: {_first_line(error)}") from error
     return found
 

@@ -26,6 +26,7 @@ of layers are measured as scores of one edge between two layers, which by linear
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -37,6 +38,7 @@ import numpy.typing as npt
 from eaptk.errors import EaptkError
 from eaptk.graph import Graph
 from eaptk.statistics import DEFAULT_BINS, Histogram, Statistics, n_structural_zeros
+from eaptk.store import opened
 from eaptk.sweep import (
     Backend,
     Doubles,
@@ -136,7 +138,7 @@ class Metrics:
 
 
 def measure(
-    run: ScoredRun,
+    run: ScoredRun | str | os.PathLike[str],
     *,
     rows: npt.ArrayLike | None = None,
     columns: npt.ArrayLike | None = None,
@@ -149,6 +151,7 @@ def measure(
     """Measure a run. Rows that are not done are left out and counted in `n_unfinished`.
 
     Args:
+        run: a run, or its directory.
         rows: indices or a boolean mask of samples; None for all.
         columns: indices or a boolean mask of edges of the graph, which the run kept; None for all it kept.
         dense: count structural zeros too: all pairs of a source and a destination that are no edge, among
@@ -165,6 +168,7 @@ def measure(
     """
     if not (log_base > 0 and log_base != 1 and math.isfinite(log_base)):
         raise EaptkError(f"log_base is {log_base}; it must be positive and not 1")
+    run = opened(run)
     kept = run.statistics
     row_index, n_unfinished = _finished(run.path, run.done if kept is None else kept.done, rows)
     column_index = run.columns if columns is None else _edge_columns(run.graph, columns)

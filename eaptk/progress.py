@@ -1,17 +1,27 @@
-"""A bar on standard error for what takes minutes."""
+"""How far what takes minutes is, on standard error: a bar, or where that is no terminal a line a minute."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+#: Seconds between two lines; what takes less has none.
+A_LINE_EVERY = 60.0
 
 
 @contextmanager
 def progress_bar(
     what: str, total: int, done: int, shown: bool, unit: str = "tokens"
 ) -> Iterator[Callable[[int], None]]:
-    """A bar with speed and time left on standard error; nothing if that is no terminal."""
+    """Speed and time left, as the module says; the block calls what it is given with how much more is done."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if shown and not console.is_terminal:
+        yield _Lines(what, total, done, unit)
+        return
     from rich.progress import (
         BarColumn,
         Progress,
@@ -26,7 +36,6 @@ def progress_bar(
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:,.0f} {unit}/s")
 
-    console = Console(stderr=True)
     with Progress(
         "{task.description}",
         BarColumn(),
@@ -34,7 +43,29 @@ def progress_bar(
         Speed(),
         TimeRemainingColumn(),
         console=console,
-        disable=not (shown and console.is_terminal),
+        disable=not shown,
     ) as bars:
         task = bars.add_task(what, total=total, completed=done)
         yield lambda more: bars.advance(task, more)
+
+
+class _Lines:
+    def __init__(self, what: str, total: int, done: int, unit: str) -> None:
+        self._what, self._total, self._done, self._unit = what, total, done, unit
+        self._first = done
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, more: int) -> None:
+        self._done += more
+        now = time.monotonic()
+        if now - self._said < A_LINE_EVERY:
+            return
+        self._said = now
+        speed = (self._done - self._first) / (now - self._began)
+        left = (self._total - self._done) / speed if speed else float("inf")
+        print(
+            f"{self._what}: {self._done / self._total:.1%} of {self._total:,} {self._unit}, {speed:,.0f} a second, "
+            f"{left / 60:,.0f} minutes left",
+            file=sys.stderr,
+            flush=True,
+        )

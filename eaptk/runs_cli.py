@@ -71,8 +71,8 @@ def verify(
     for path in run:
         found = verify_run(path, repair=repair)
         intact &= found.intact
-        rate = found.n_bytes / 1e9 / max(found.seconds, 1e-9)
-        size = f"{found.n_checked:,} rows, {found.n_bytes / 1e9:.3g} GB at {rate:.2g} GB/s"
+        rate = found.n_bytes / 1e6 / max(found.seconds, 1e-9)
+        size = f"{found.n_checked:,} rows, {found.n_bytes / 1e6:,.1f} MB at {rate:,.1f} MB/s"
         if found.intact:
             print(f"{path}: intact ({size})")
             continue
@@ -106,30 +106,25 @@ def merge(
 
 
 def _table(found: list[Found]) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    for heading, justify in (
-        ("run", "left"),
-        ("model", "left"),
-        ("graph", "left"),
-        ("loss", "left"),
-        ("kept", "left"),
-        ("done", "right"),
-        ("MB", "right"),
-        ("started", "left"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    # Narrow enough for a terminal of 80 columns: what must break are paths and names.
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("run", "model", "graph", "method", "kept"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("done", "MB", "started"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for each in found:
         size = f"{each.n_bytes / 1e6:,.1f}"
         if each.manifest is None:
             cells = [str(each.path), each.problem, "", "", "", "", size, ""]
         else:
             facts, provenance = each.manifest, each.manifest.get("provenance", {})
-            method = (
-                f"{facts.get('loss')}, cut {facts['cut']}" if facts.get("cut") else str(facts.get("loss"))
-            )
+            # A loss of one's own has its fingerprint behind its name.
+            method = f"{facts.get('ablation')}, {str(facts.get('loss')).partition(' ')[0]}"
+            method += f", cut {facts['cut']}" if facts.get("cut") else ""
             done = f"{each.n_done:,}/{each.n_samples:,}"
             cells = [
                 str(each.path),
@@ -139,7 +134,7 @@ def _table(found: list[Found]) -> Table:
                 each.kept,
                 done,
                 size,
-                str(provenance.get("started", "")).replace("T", " ").removesuffix("+00:00"),
+                str(provenance.get("started", "")).partition("T")[0],
             ]
         table.add_row(*map(Text, cells))
     return table

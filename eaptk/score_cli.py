@@ -181,6 +181,12 @@ def score(
             f"{run.path}: {run.n_samples} samples × {run.keep.graph.n_edges} edges ({run.keep.description}), "
             f"mean loss {run.loss.mean():.4g}, {time.monotonic() - started:.1f} s"
         )
+        if run.statistics is not None and (above := run.statistics.share_above) > 0.01:
+            print(
+                f"{run.path}: {above:.0%} of |W| lies above --range {run.statistics.histogram.upper:g}, so complexity "
+                f"lacks it; a run with a larger range has it",
+                file=sys.stderr,
+            )
 
 
 @contextmanager

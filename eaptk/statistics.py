@@ -147,6 +147,12 @@ class Statistics:
     sums: Doubles
     columns: Integers | None = None
 
+    @property
+    def share_above(self) -> float:
+        """Of all |W|, the share that the histogram ends before."""
+        n = self._n_edges * int(self.done.sum())
+        return 1 - int(self.counts[self.done].sum(dtype=np.int64)) / n if n else 0.0
+
     def sweep(self, rows: Integers) -> Sweep:
         """What `eaptk.sweep.sweep` found in these rows."""
         counts = self.counts[rows].astype(np.int64)

@@ -36,7 +36,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +53,17 @@ from eaptk.statistics import Histogram, Statistics
 from eaptk.sweep import Integers, indices, weighted_column_sums
 from eaptk.writer import RunWriter
 
+T = TypeVar("T")
+
 __all__ = ["SCHEMA", "Run", "RunWriter"]
 
 
-@dataclass(frozen=True)
+def opened(run: T | str | os.PathLike[str]) -> T | Run:
+    """A run, or the one in a directory."""
+    return Run.open(run) if isinstance(run, (str, os.PathLike)) else run
+
+
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run directory, opened for reading. It may still be growing: `done` says which rows to use.
 
@@ -84,9 +91,9 @@ class Run:
         path = Path(path)
         manifest = read_manifest(path)
         if manifest is None:
-            raise EaptkError(
-                f"{path} is not a run (no manifest.json); `eaptk score … --out {path}` makes one"
-            )
+            is_model = (path / "config.json").exists()
+            remedy = f"--model {path} --out a/new/folder" if is_model else f"… --out {path}"
+            raise EaptkError(f"{path} is not a run (no manifest.json); `eaptk score {remedy}` makes one")
         run = cls(path, manifest, layout(path, manifest)[0])
         if not run.content.begun:
             raise EaptkError(f"run {path} has no row yet; repeat the score command that made it")
@@ -94,6 +101,10 @@ class Run:
         run.content.check()
         _ = run.samples, run.columns
         return run
+
+    def __repr__(self) -> str:
+        edges = f"{self.n_samples:,} samples × {self.graph.n_edges:,} edges"
+        return f"Run({str(self.path)!r}: {edges}, {self.keep.description})"
 
     @property
     def graph(self) -> Graph:

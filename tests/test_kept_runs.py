@@ -18,7 +18,7 @@ from rich.console import Console
 from runs import FakeRun
 from summaries import manifest
 
-from eaptk import EaptkError, Keep, Run, compare, measure
+from eaptk import EaptkError, Keep, Run, compare, measure, strongest
 from eaptk.cli import main
 from eaptk.comparison import Comparison
 from eaptk.figures import comparison_figure, run_figure
@@ -325,6 +325,22 @@ def test_a_comparison_is_drawn_with_unknown_edges_blank(
     assert f"not kept: {len(SOME)} of {GRAPH.n_edges} edges are" in " ".join(
         text.get_text() for axes in figure.axes for text in axes.texts
     )
+
+
+def test_a_directory_stands_for_its_run(runs: dict[str, Run], others: dict[str, Run]) -> None:
+    a, b = runs["whole"], others["whole"]
+    assert measure(str(a.path)).to_dict() == measure(a).to_dict()
+    np.testing.assert_array_equal(strongest(a.path, 3), strongest(a, 3))
+    given = {"resampling": Resampling(n_resamples=100), "names": ["a", "b"]}
+    assert compare([str(a.path), b.path], **given).to_dict() == compare([a, b], **given).to_dict()
+
+
+@pytest.mark.parametrize("name", ["whole", "some", "top", "statistics of some"])
+def test_a_run_and_its_scores_are_shown_in_a_line(runs: dict[str, Run], name: str) -> None:
+    run = runs[name]
+    assert repr(run).startswith(f"Run('{run.path}': {run.n_samples} samples × {GRAPH.n_edges:,} edges, ")
+    if run.statistics is None:
+        assert repr(run.kept([0])).startswith("KeptScores(1 samples × ")
 
 
 @pytest.mark.parametrize(
