@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
 
 from eaptk.comparison import NOISE, Comparison, relative_change
 from eaptk.errors import EaptkError
@@ -44,26 +45,37 @@ STYLE = {
 
 #: Strengths are heavy-tailed: the logarithmic scale spans at most this many decades below the largest.
 _DECADES = 4
+#: See `Comparison.relative_change`.
+_BY_IDENTITY = "under zero ablation, input → a0: zero by identity"
 #: Colours of a relative change end at this percentile of its size, so that a few tiny baselines do not rule.
 _CLIP_PERCENTILE = 95
-#: With at most this many layers of a block graph every node is named.
-_NAMED_LAYERS = 6
+#: Nodes are named in letters of so many points, where that many times the size is between them: a line is higher
+#: than its letters, and the layout leaves a panel less than it had.
+_SMALLEST, _LARGEST, _LEADING = 5.0, 7.0, 1.3
 _MOST_LABELS = 12
+#: Labels of a small panel would run into each other if they were nearer than this share of half its axis.
+_ACROSS, _DOWN = 0.4, 0.15
 
 
 def strength_figure(
-    graph: Graph, strength: npt.ArrayLike, columns: Integers | None = None, title: str = ""
+    graph: Graph,
+    strength: npt.ArrayLike,
+    columns: Integers | None = None,
+    title: str = "",
+    ablation: str | None = None,
 ) -> Figure:
     """Heatmap of mean |W|, logarithmic colours.
 
     Args:
         strength: [e] mean |W| of each of `columns`; None for all edges.
+        ablation: says, where it is ``"zero"``, which edges are 0 by identity.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()
         matrix = edge_matrix(graph, strength, columns)
-        strength_panel(axes, graph, matrix, strength_scale([matrix]), title, _not_kept(graph, columns))
+        note = _strength_note(graph, columns, ablation)
+        strength_panel(axes, graph, matrix, strength_scale([matrix]), title, note)
         strength_bar(figure, [axes])
         return figure
 
@@ -74,13 +86,13 @@ def run_figure(run: Run, metrics: Metrics) -> Figure:
     Of a run that kept each sample's strongest edges over all that are done, of each edge over those that kept it; of
     sums over pairs of layers |ΣW| and Σ|W|, side by side.
     """
-    name = run.path.name
+    name, ablation = run.path.name, run.manifest["ablation"]
     if run.top_columns is not None:
         means = run.edge_means()
         title = f"mean |W| over the samples that kept the edge: {name}"
-        return strength_figure(run.graph, means.absolute, means.columns, title)
+        return strength_figure(run.graph, means.absolute, means.columns, title, ablation)
     if not run.keep.layer_pairs:
-        return strength_figure(run.graph, metrics.strength, metrics.columns, f"mean |W|: {name}")
+        return strength_figure(run.graph, metrics.strength, metrics.columns, f"mean |W|: {name}", ablation)
     uniform = np.full((1, metrics.n_samples), 1 / metrics.n_samples)
     sums = weighted_column_sums(run.absolute().scores, uniform, metrics.rows, absolute=True)[0]
     with matplotlib.rc_context(STYLE):
@@ -89,7 +101,7 @@ def run_figure(run: Run, metrics: Metrics) -> Figure:
             figure.subplots(1, 2), (metrics.strength, sums), ("|ΣW|", "Σ|W|"), strict=True
         ):
             matrix = edge_matrix(run.graph, values, metrics.columns)
-            note = _not_kept(run.graph, metrics.columns)
+            note = _strength_note(run.graph, metrics.columns, ablation)
             strength_panel(
                 axes, run.graph, matrix, strength_scale([matrix]), f"mean {what} between layers: {name}", note
             )
@@ -219,8 +231,14 @@ def _note(axes: Axes, note: str | None) -> None:
 def grey_means(ablation: str | None, not_kept: str | None = None) -> str:
     """Why a change has no colour, a reason a line."""
     noise = f"below {NOISE:.2%} of the largest strength in both"
-    zero = "\nor, under zero ablation, input → a0: zero by identity" if ablation == "zero" else ""
+    zero = f"\nor, {_BY_IDENTITY}" if ablation == "zero" else ""
     return ("grey: no edge, " if not_kept is None else f"{not_kept}\n") + f"or {noise}{zero}"
+
+
+def _strength_note(graph: Graph, columns: Integers | None, ablation: str | None) -> str | None:
+    """What a reader of strengths must know: what is grey, and where there is nothing but rounding."""
+    zero = _BY_IDENTITY if ablation == "zero" else None
+    return "\n".join(filter(None, (_not_kept(graph, columns), zero))) or None
 
 
 def _not_kept(graph: Graph, columns: Integers | None) -> str | None:
@@ -241,7 +259,7 @@ def change_bar(figure: Figure | SubFigure, axes: list[Axes], limit: float) -> No
     """The colours of `change_panel`, beside the panels that share them."""
     bar = figure.colorbar(axes[0].images[0], ax=axes, extend="both", pad=0.02, fraction=0.05, aspect=30)
     bar.set_label(f"relative change\nclipped at ±{100 * limit:.3g}% ({_CLIP_PERCENTILE}th percentile)")
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: minus(f"{100 * value:+.3g}%") if value else "0")
     bar.outline.set_visible(False)
 
 
@@ -256,14 +274,17 @@ def _heatmap(axes: Axes, graph: Graph, matrix: Doubles, colours: str, scale: Nor
 
 
 def node_ticks(axis: Axis, graph: Graph, nodes: Sequence[Node], role: str) -> None:
-    """Name every node of a small graph; else number the layers, with a minor tick at each boundary."""
+    """Name every node where the names fit; else number the layers, with a minor tick at each boundary."""
     axis.set_tick_params(length=0)
-    if graph.granularity != "head" and graph.n_layers <= _NAMED_LAYERS:
+    across = axis is axis.axes.xaxis
+    # Before the layout: near what it will be.
+    box = axis.axes.bbox
+    points = 72 * (box.width if across else box.height) / axis.axes.figure.dpi
+    size = min(points / len(nodes) / _LEADING, _LARGEST)
+    if size >= _SMALLEST:
         axis.set_label_text(role)
-        axis.set_ticks(
-            range(len(nodes)), [node.name for node in nodes], rotation=90 if role == "destination" else 0
-        )
-        axis.set_tick_params(labelsize=7)
+        axis.set_ticks(range(len(nodes)), [node.name for node in nodes], rotation=90 if across else 0)
+        axis.set_tick_params(labelsize=size)
         return
     axis.set_label_text(f"{role}, by layer")
     layer = np.array([node.layer for node in nodes])
@@ -284,8 +305,9 @@ def _difference_panels(figure: SubFigure, comparison: Comparison) -> None:
     """One small panel a metric, in its own units: differences and intervals, 0 dashed."""
     metrics = list(dict.fromkeys(d.metric for d in comparison.differences))
     confidence = f"{comparison.resampling.confidence:.0%}"
+    dense = "dense convention, structural zeros counted: " if comparison.metrics[0].dense else ""
     figure.suptitle(
-        f"difference to {comparison.names[0]} with {confidence} paired bootstrap interval, "
+        f"{dense}difference to {comparison.names[0]} with {confidence} paired bootstrap interval, "
         f"{comparison.sample_size()} (grey: not resolved after correction)",
         fontsize=10,
         parse_math=False,
@@ -298,22 +320,18 @@ def _difference_panels(figure: SubFigure, comparison: Comparison) -> None:
         alike = [d for d in comparison.differences if d.metric.split()[0] == metric.split()[0]]
         exponent = _exponent([value for d in alike for value in (d.low, d.high, d.difference)])
         unit = 10.0**exponent
-        axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        for row in range(len(shown)):
+            # Not through what is written above the next row.
+            end = row + (0.53 if row < len(shown) - 1 else 0.6)
+            axes.vlines(0, row - 0.13, end, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         for row, d in enumerate(shown):
             colour = COLOURS[d.direction]
             if d.low is not None and d.high is not None:
                 ends = [d.low / unit, d.high / unit]
                 axes.plot(ends, [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
             axes.plot(d.difference / unit, row, "o", color=colour, markersize=6)
-            axes.annotate(
-                f"{d.value_baseline:.3g} → {d.value:.3g}",
-                (d.difference / unit, row),
-                xytext=(0, 9),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-            )
+            values = f"{_digits(d.value_baseline)} → {_digits(d.value)}"
+            axes.text(d.difference / unit, row - 0.3, values, ha="center", va="center", fontsize=8)
         axes.set_title(metric.replace(AT_EQUAL_LOSS, f"\n{AT_EQUAL_LOSS.strip()}"))
         if exponent:
             axes.set_xlabel(rf"in units of $10^{{{exponent}}}$", fontsize=8)
@@ -336,3 +354,55 @@ def _exponent(values: Sequence[float | None]) -> int:
     """The power of ten to take out of an axis: a multiple of 3, and 0 for sizes that read well as they are."""
     largest = max(abs(value) for value in values if value is not None)
     return 0 if largest == 0 or 1e-2 <= largest < 1e4 else 3 * math.floor(math.log10(largest) / 3)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, zeros at the end among them, so that both sides of an arrow are as exact."""
+    return minus(f"{value:#.3g}".removesuffix("."))
+
+
+def minus(number: str) -> str:
+    """A number with the sign that matplotlib writes beside it, in place of a hyphen."""
+    return number.replace("-", "−")
+
+
+def ink_on(colour: npt.ArrayLike) -> str:
+    """What is read best on a colour, red, green and blue in [0, 1]: ink or white, by contrast (WCAG 2)."""
+    below, ink = (_luminance(each) + 0.05 for each in (colour, to_rgb(INK)))
+    return "white" if 1.05 / below > below / ink else INK
+
+
+def _luminance(colour: npt.ArrayLike) -> float:
+    rgb = np.asarray(colour, dtype=np.float64)[:3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def asinh_axes(axes: Axes, values: npt.ArrayLike) -> tuple[float, float]:
+    """Both axes linear about 0 up to the median size, logarithmic beyond, ticks at powers of ten; where they end."""
+    sizes = np.abs(np.asarray(values, dtype=np.float64))
+    width = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0
+    end = 2 * max(float(sizes.max(initial=0)), width)
+    highest = math.floor(math.log10(end))
+    if math.asinh(10.0**highest / width) < _ACROSS * math.asinh(end / width):
+        # So near 0 that it has no room for its label.
+        highest += 1
+        end = 1.2 * 10.0**highest
+    powers = [10.0**k for k in range(highest, math.ceil(math.log10(width / 2)) - 1, -1)]
+    for axis, scale, share in ((axes.xaxis, axes.set_xscale, _ACROSS), (axes.yaxis, axes.set_yscale, _DOWN)):
+        scale("asinh", linear_width=width)
+        last, room = math.inf, share * math.asinh(end / width)
+        named, others = {0.0: "0"}, []
+        for power in powers:
+            place = math.asinh(power / width)
+            if min(place, last - place) < room:
+                others += [-power, power]
+                continue
+            last = place
+            name = f"10^{{{math.log10(power):.0f}}}"
+            named |= {-power: f"$-{name}$", power: f"${name}$"}
+        axis.set_ticks(list(named), list(named.values()), fontsize=7)
+        axis.set_ticks(others, minor=True)
+        axis.set_minor_formatter(NullFormatter())
+    axes.set(xlim=(-end, end), ylim=(-end, end), aspect="equal")
+    return -end, end

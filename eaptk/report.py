@@ -183,9 +183,14 @@ def _small(png: Path, width: int) -> bytes:
 
 def _parts(results: StudyResults, pictures: dict[str, list[_Picture]]) -> list[_Part]:
     everything = all_differences(results)
+    experiments = headline(results)
+    # Rows that the box hides.
+    seeds = any("member" in table.kinds for table in experiments)
     parts = [
         _Part("glance", "At a glance", _GLANCE, glance(results), pictures.get("metrics", ())),
-        _Part("experiments", "Every experiment", _EXPERIMENTS, headline(results), page_only=_SEEDS),
+        _Part(
+            "experiments", "Every experiment", _EXPERIMENTS, experiments, page_only=_SEEDS if seeds else ""
+        ),
         _Part("conventions", "Real edges and the dense convention", _CONVENTIONS, conventions(results)),
         _Part(
             "edges",

@@ -77,7 +77,7 @@ def study(
     if file is None:
         if not (model and data):
             raise EaptkError("a study needs a file, or --model NAME=PATH twice and --data")
-        planned = make_study({"name": "study", **given})
+        planned = make_study({"name": "study" if out is None else out.resolve().name, **given})
     else:
         planned = read_study(file, given)
     folder = out or Path("studies") / folder_name(planned.name)

@@ -19,11 +19,14 @@ from eaptk.figures import (
     COLOURS,
     INK,
     STYLE,
+    asinh_axes,
     change_bar,
     change_limit,
     change_panel,
     edge_matrix,
     grey_means,
+    ink_on,
+    minus,
     node_ticks,
     strength_bar,
     strength_panel,
@@ -108,7 +111,7 @@ def _metrics_figure(ends: dict[str, tuple[float, float]], members: list[Line]) -
             _whisker(axes, line.real.get(metric + AT_EQUAL_LOSS), y + 0.32, filled=False)
         _families(axes, members, axes is panels[0])
         axes.set_xlim(ends[metric])
-        axes.xaxis.set_major_formatter(lambda value, _: percent(value) if value else "0")
+        axes.xaxis.set_major_formatter(lambda value, _: minus(percent(value)) if value else "0")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(metric)
     return figure
@@ -185,6 +188,7 @@ def _diversity_figure(found: list[Line]) -> Figure | None:
 
 _LENGTHS_CAPTION = (
     "tokens of the answers to questions that every model answered right, before the filters on length; "
+    "filled: the baseline; "
     "dashed: where answers are cut, for each α"
 )
 
@@ -202,9 +206,11 @@ def _lengths_figure(found: list[Line]) -> Figure | None:
         for name, lengths, colour in zip(
             experiment.names, experiment.lengths, _model_colours(experiment), strict=True
         ):
-            axes.hist(
-                lengths, bins=list(bins), histtype="step", color=colour, linewidth=1.4, label=_text(name)
-            )
+            # The baseline is an area, the others lines: where they are alike both are seen.
+            style: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
+            if name == experiment.names[0]:
+                style = {"histtype": "stepfilled", "alpha": 0.45}
+            axes.hist(lengths, bins=list(bins), color=colour, label=_text(name), **style)
         for member in members:
             axes.axvline(
                 member.experiment.cut, color="#a0a0a8", linewidth=0.7, linestyle=(0, (4, 3)), zorder=0
@@ -239,12 +245,13 @@ def _sensitivity_figure(found: list[Line]) -> Figure | None:
     tables = [np.stack([_complexity_changes(m, settings) for m in members]) for members in alphas.values()]
     limit = change_limit(tables)
     for axes, (alpha, members), table in zip(panels, alphas.items(), tables, strict=True):
-        palette = matplotlib.colormaps["RdBu_r"]
-        axes.imshow(np.ma.masked_invalid(table), cmap=palette, vmin=-limit, vmax=limit, aspect="auto")
+        image = axes.imshow(
+            np.ma.masked_invalid(table), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
+        )
         for (y, x), value in np.ndenumerate(table):
             if np.isfinite(value):
-                ink = "white" if abs(value) > 0.7 * limit else INK
-                axes.text(x, y, percent(value)[:-1], ha="center", va="center", fontsize=7, color=ink)
+                ink = ink_on(image.to_rgba(value))
+                axes.text(x, y, _in_percent(value), ha="center", va="center", fontsize=7, color=ink)
         rows = max((m.experiment.sensitivity for m in members), key=len)
         widest = max(row.upper for row in rows)
         names = [f"{row.bins}\n{row.upper / widest:.2g}" for row in rows]
@@ -255,6 +262,11 @@ def _sensitivity_figure(found: list[Line]) -> Figure | None:
         axes.tick_params(length=0)
         _bare(axes)
     return figure
+
+
+def _in_percent(share: float) -> str:
+    """A signed share in per cent that fits into a small cell."""
+    return minus(f"{100 * share:+,.0f}" if abs(share) >= 0.9995 else f"{100 * share:+.1f}")
 
 
 def _complexity_changes(line: Line, n: int) -> Doubles:
@@ -269,7 +281,7 @@ def _complexity_changes(line: Line, n: int) -> Doubles:
 
 _VALIDATION_CAPTION = (
     "first-order scores of a random subset of edges against the change of the loss when each is ablated for "
-    "real; both axes are linear about 0 and logarithmic beyond; dashed: equality"
+    "real; both axes are linear about 0 and logarithmic beyond (asinh); dashed: equality"
 )
 
 
@@ -278,29 +290,22 @@ def _validation_figure(found: list[Line]) -> Figure | None:
     shown = [(experiment, v) for experiment in experiments for v in experiment.validation]
     if not shown:
         return None
-    across = _ACROSS if len(shown) <= 2 * _ACROSS else 7
-    figure, panels = _grid(len(shown), (1.95, 2.2), across)
+    across = _ACROSS if len(shown) <= 2 * _ACROSS else 6
+    figure, panels = _grid(len(shown), (2.4, 2.85), across)
     for k, (axes, (experiment, v)) in enumerate(zip(panels, shown, strict=True)):
         predicted, exact = np.asarray(v.predicted), np.asarray(v.exact)
-        sizes = np.abs(np.concatenate([predicted, exact]))
-        width = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0
-        largest = max(float(sizes.max(initial=0)), width)
-        tick = float(f"{largest:.0e}")
-        ends, ticks = (-2 * largest, 2 * largest), (-tick, 0, tick)
-        labels = (f"−{tick:.0e}", "0", f"{tick:.0e}")
-        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
-            scale("asinh", linear_width=width)
-            axis.set_ticks(ticks, labels, fontsize=7)
-            axis.set_ticks([], minor=True)
+        ends = asinh_axes(axes, np.concatenate([predicted, exact]))
         axes.plot(ends, ends, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
         axes.plot(predicted, exact, ".", color=_MODELS[1], markersize=4, alpha=0.6, markeredgewidth=0)
-        axes.set(xlim=ends, ylim=ends, aspect="equal")
-        axes.set_xlabel("first order", fontsize=8)
+        axes.set_xlabel("first order (asinh scale)", fontsize=8)
         if k % across == 0:
-            axes.set_ylabel("exact", fontsize=8)
-        title = (_short(experiment.family), _short(v.model), f"r = {v.pearson:.3f}, slope {v.slope:.3f}")
+            axes.set_ylabel("exact (asinh scale)", fontsize=8)
+        who = [f"family {_short(experiment.family)}", f"model {_short(v.model)}"]
+        title = [", ".join(who)] if sum(map(len, who)) <= 30 else who
+        title.append(minus(f"r = {v.pearson:.3f}, Spearman {v.spearman:.3f}"))
+        title.append(minus(f"slope {v.slope:.3f}"))
         axes.set_title("\n".join(title), fontsize=8, parse_math=False)
-        axes.tick_params(length=2)
+        axes.tick_params(length=3)
         _bare(axes, left=True)
     return figure
 
@@ -339,7 +344,8 @@ def _edges_figure(found: list[Line]) -> Figure | None:
     _outer_labels(panels)
     strength_bar(figure, list(panels[: 1 + len(runs)].ravel()))
     change_bar(figure, list(panels[1 + len(runs) :].ravel()), limit)
-    figure.supxlabel(grey_means(first.real.ablation).replace("\n", " "), fontsize=8)
+    note = grey_means(first.real.ablation)
+    figure.supxlabel(note.replace("\n", " ") if len(experiments) > 1 else note, fontsize=8)
     return figure
 
 
@@ -364,8 +370,6 @@ def _entropy_figure(found: list[Line]) -> Figure | None:
         above.set_title(f"α = {experiment.alpha:g}")
         for axes in (above, below):
             node_ticks(axes.xaxis, graph, graph.sources, "source")
-            if graph.n_sources <= 14:
-                axes.tick_params(axis="x", labelrotation=90)
             axes.tick_params(axis="y", length=2, labelsize=8)
             axes.grid(axis="y", color="#e4e4e8", linewidth=0.6)
             _bare(axes, left=True)
@@ -486,7 +490,7 @@ def _text(name: str) -> str:
     return ("​" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _short(name: str, width: int = 30) -> str:
+def _short(name: str, width: int = 25) -> str:
     """A name that fits above a small panel."""
     return name if len(name) <= width else f"{name[: width - 1]}…"
 

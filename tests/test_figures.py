@@ -92,6 +92,35 @@ def test_labels_do_not_overlap(graph):
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("n_runs", [2, 3])
+def test_names_of_a_comparison_do_not_overlap(graph, n_runs):
+    figure = comparison_figure(compared(GRAPHS[graph], n_runs))
+    figure.canvas.draw()
+    for axes in (image.axes for image in heatmaps(figure)):
+        for axis in (axes.xaxis, axes.yaxis):
+            boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+            assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_nodes_are_named_where_their_names_fit():
+    for name, fits in (("small", True), ("head", True), ("deep", False)):
+        graph = GRAPHS[name]
+        axes = heatmaps(comparison_figure(compared(graph)))[0].axes
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert (labels == [node.name for node in graph.destinations]) == fits
+        assert axes.get_xlabel() == ("destination" if fits else "destination, by layer")
+
+
+@pytest.mark.parametrize(("ablation", "said"), [("zero", True), ("patching", False)])
+def test_a_heatmap_says_what_is_zero_by_identity(ablation, said):
+    graph = GRAPHS["small"]
+    (axes, _) = strength_figure(graph, np.ones(graph.n_edges), ablation=ablation).axes
+    assert [text.get_text() for text in axes.texts] == (
+        ["under zero ablation, input → a0: zero by identity"] if said else []
+    )
+
+
 def change_panel(figure):
     return next(axes for axes in figure.axes if axes.get_title().startswith("relative change"))
 
@@ -116,7 +145,7 @@ def test_an_interval_is_coloured_only_if_the_corrected_test_agrees():
     for p_holm in (0.01, 0.2):
         differences = [replace(d, low=1.0, high=2.0, p_holm=p_holm) for d in comparison.differences]
         figure = comparison_figure(replace(comparison, differences=tuple(differences)))
-        colours.append({line.get_color() for line in difference_panel(figure, "kurtosis").lines[1:]})
+        colours.append({line.get_color() for line in difference_panel(figure, "kurtosis").lines})
     assert colours == [{"#b2182b"}, {"#8a8a94"}]
 
 
@@ -124,7 +153,30 @@ def test_a_difference_without_an_interval_is_a_point():
     comparison = compared(GRAPHS["small"])
     differences = tuple(replace(d, low=None, high=None) for d in comparison.differences)
     panel = difference_panel(comparison_figure(replace(comparison, differences=differences)), "diversity")
-    assert [len(line.get_xdata()) for line in panel.lines] == [2, 1]
+    assert [len(line.get_xdata()) for line in panel.lines] == [1]
+
+
+@pytest.mark.parametrize("n_runs", [2, 4])
+def test_values_stand_beside_the_line_at_zero_with_as_many_digits_on_both_sides(n_runs):
+    comparison = compared(GRAPHS["small"], n_runs)
+    differences = tuple(replace(d, value_baseline=1.94, value=97.0) for d in comparison.differences)
+    figure = comparison_figure(replace(comparison, differences=differences))
+    figure.canvas.draw()
+    panel = difference_panel(figure, "kurtosis")
+    assert [text.get_text() for text in panel.texts] == ["1.94 → 97.0"] * (n_runs - 1)
+    for collection in panel.collections:
+        (zero,) = collection.get_segments()
+        ends = panel.transData.transform(zero)[:, 1]
+        for text in panel.texts:
+            box = text.get_window_extent()
+            assert max(ends) < box.y0 or min(ends) > box.y1
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_dense_convention_is_named(dense):
+    figure = comparison_figure(compared(GRAPHS["small"], dense=dense))
+    (title,) = (sub.get_suptitle() for sub in figure.subfigs if sub.get_suptitle())
+    assert ("dense convention, structural zeros counted" in title) == dense
 
 
 def test_small_numbers_have_their_power_of_ten_in_the_label():

@@ -303,6 +303,11 @@ def test_seeds_can_be_hidden_and_are_always_printed(browser: Browser, tmp_path: 
     page.close()
 
 
+def test_a_study_without_seeds_has_no_box_to_hide_them(page: Page) -> None:
+    assert page.locator("#members").count() == 0
+    assert page.locator("tr.member").count() == 0
+
+
 def test_every_picture_of_the_markdown_is_there(folder: Path, written: list[Path]) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"\]\((figures/[^)]+)\)", text))

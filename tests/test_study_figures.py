@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from studies import make_experiment, make_study
 
 from eaptk.comparison import relative_change
 from eaptk.experiment import Experiment
-from eaptk.figures import COLOURS
+from eaptk.figures import COLOURS, INK
 from eaptk.study_figures import StudyFigure, slug, study_figures
 
 PAIR = make_experiment()
@@ -91,14 +93,60 @@ def test_lengths_are_counted_and_the_cuts_marked() -> None:
         corners = patch.get_xy()
         assert corners[:, 1].max() == np.histogram(lengths, np.unique(corners[:, 0]))[0].max()
     assert [line.get_xdata()[0] for line in axes.lines] == [12, 20]
+    # Both are seen where they are alike.
+    assert [patch.get_fill() for patch in axes.patches] == [True, False]
 
 
 def test_complexities_are_written_as_shares_of_the_baseline() -> None:
     axes = drawn(PAIR)["sensitivity"].figure.axes[0]
     first = PAIR.sensitivity[0]
     written = next(text for text in axes.texts if text.get_position() == (0, 0)).get_text()
-    assert float(written) == pytest.approx(100 * (first.values[1] / first.values[0] - 1), rel=5e-3)
+    share = float(written.replace("−", "-"))
+    assert share == pytest.approx(100 * (first.values[1] / first.values[0] - 1), abs=0.05)
     assert axes.get_xticklabels()[0].get_text() == "50\n0.1"
+
+
+def luminance(colour: Sequence[float]) -> float:
+    return float(np.power(colour, 2.2) @ (0.2126, 0.7152, 0.0722))
+
+
+def test_what_is_written_on_a_colour_is_read_on_it() -> None:
+    (axes,) = (axes for axes in drawn(PAIR)["sensitivity"].figure.axes if axes.images)
+    image = axes.images[0]
+    for text in axes.texts:
+        x, y = text.get_position()
+        below = luminance(image.to_rgba(image.get_array()[int(y), int(x)])[:3])
+        low, high = sorted((below, luminance(to_rgb(text.get_color()))))
+        assert (high + 0.05) / (low + 0.05) > 3.5
+    assert {text.get_color() for text in axes.texts} == {"white", INK}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.9e-7, 3.3e5])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_an_axis_of_scores_has_powers_of_ten_that_do_not_overlap(scale: float, spread: float) -> None:
+    scores = scale * np.random.default_rng(0).lognormal(0, spread, 60)
+    checked = replace(PAIR.validation[0], predicted=tuple(scores), exact=tuple(-scores))
+    figure = drawn(replace(PAIR, validation=(checked,) * 4))["validation"].figure
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert "asinh" in axes.get_xlabel()
+    assert "asinh" in axes.get_ylabel()
+    for axis in (axes.xaxis, axes.yaxis):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        assert len(boxes) >= 3
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+        ticks = np.abs([*axis.get_majorticklocs(), *axis.get_minorticklocs()])
+        powers = np.unique(np.log10(ticks[ticks > 0]).round(9))
+        np.testing.assert_array_equal(np.diff(powers), 1)
+        np.testing.assert_array_equal(powers, powers.round())
+        assert axis.get_view_interval()[1] >= max(ticks.max(), scores.max())
+
+
+def test_a_validation_says_of_what_it_is() -> None:
+    checked = replace(PAIR.validation[0], spearman=-0.5, slope=-2.0)
+    figure = drawn(replace(PAIR, family="rl", validation=(checked,)))["validation"]
+    title = figure.figure.axes[0].get_title()
+    assert title == "family rl, model SFT\nr = 0.980, Spearman −0.500\nslope −2.000"
 
 
 def test_every_pair_of_a_validation_is_a_point() -> None:
