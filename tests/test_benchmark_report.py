@@ -13,7 +13,7 @@ from benchmarks import record
 from benchmarks.floor.tables import PARTS
 from benchmarks.peers.catalogue import PEERS as CATALOGUE
 from benchmarks.report import __main__ as command
-from benchmarks.report import readme
+from benchmarks.report import figures, readme
 from benchmarks.timing import summary
 from eaptk.errors import EaptkError
 
@@ -178,6 +178,18 @@ def test_what_was_wrong_is_not_drawn(written: Any) -> None:
         floor=FLOOR | {"cases": [wrong("spoilt")]}, peers=PEERS | {"comparisons": PEERS["comparisons"][1:]}
     )
     assert "![" not in (folder / "benchmarks.md").read_text()
+
+
+def test_peers_are_dots_beside_the_bare_passes() -> None:
+    times, memory = figures.peers_figure(PEERS["comparisons"], 256).axes
+    for axes, start, values in ((times, 1, (15, 1.25)), (memory, 1e-4, (9e-4, 2e-4))):
+        assert axes.get_xscale() == "log"
+        assert not axes.patches
+        bare, *lines = axes.collections
+        assert [float(segment[0, 0]) for segment in bare.get_segments()] == pytest.approx([start])
+        for dots, line, value in zip(axes.lines, lines, values, strict=True):
+            assert dots.get_xdata()[0] == pytest.approx(value, rel=0.01)
+            assert sorted(line.get_segments()[0][:, 0]) == pytest.approx(sorted([start, dots.get_xdata()[0]]))
 
 
 def test_a_run_that_was_cut_off_or_of_a_part_says_so(written: Any) -> None:

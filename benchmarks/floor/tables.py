@@ -7,7 +7,6 @@ from typing import Any, Literal
 from rich.table import Table
 
 from benchmarks.floor.passes import LEVELS
-from benchmarks.timing import LEAST_ROUNDS
 
 #: Of a run.
 PARTS = ("passes", "yardstick", "storing", "sweeping", "starting")
@@ -57,12 +56,12 @@ def passes_table(result: dict[str, Any]) -> Table:
 
 
 def verdict(found: dict[str, Any]) -> Literal["kept", "missed", "undecided"] | None:
-    """Of a level's ratio, by its interval, or by all rounds if they are too few for one; None without a target."""
+    """Of a level's ratio, by its interval; None without a target."""
     if not found["target"]:
         return None
-    if len(found["ratio"]["each"]) < LEAST_ROUNDS:
+    if found["ratio"]["interval"] is None:
         return "undecided"
-    low, high = bounds(found["ratio"])
+    low, high = found["ratio"]["interval"]
     if high <= found["target"]:
         return "kept"
     return "missed" if low > found["target"] else "undecided"
@@ -92,11 +91,11 @@ def fault_of(part: dict[str, Any]) -> str | None:
 
 
 def interval_text(found: dict[str, Any], digits: int = 3) -> str:
-    """Of a summary; – of how many rounds if they were too few."""
-    if found["interval"] is None:
-        return f"– of {len(found['each'])}"
-    low, high = found["interval"]
-    return f"{low:.{digits}f}–{high:.{digits}f}"
+    """Of a summary; if rounds were too few for one, the least and the most of them, and how many there were."""
+    low, high = bounds(found)
+    rounds = len(found["each"])
+    few = f" of {rounds}" if found["interval"] is None else ""
+    return f"{low:.{digits}f}–{high:.{digits}f}{few}" if rounds > 1 else "of one"
 
 
 def host_table(result: dict[str, Any]) -> Table:
@@ -136,7 +135,8 @@ def host_lines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             else (
                 what,
                 f"{speed['sweep']:.1f} GB/s",
-                f"{speed['read and sum']:.1f} GB/s of reading and summing; {sweeping['times_the_twin']:.0f}× numpy",
+                f"{speed['read and sum']:.1f} GB/s of reading and summing; numpy takes "
+                f"{sweeping['times_the_twin']:.0f}× its time",
             )
         )
     if yardstick := result.get("yardstick"):
@@ -144,7 +144,7 @@ def host_lines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         lines.append(
             (
                 "the bare pass as one writes it by hand",
-                f"{ratio['median']:.2f}× the time of the one here ({interval_text(ratio, 2)})",
+                f"{ratio['median']:.2f}× the time of the one here ({interval_text(ratio, 2)}), to which ratios are",
                 yardstick["case"],
             )
         )

@@ -153,8 +153,8 @@ def _predicted(found: dict[str, Any]) -> str:
     return (
         f"`{COMMANDS['cost_model']}`. Two constants of one core, {measured['rate'] / 1e9:.0f} GFLOP/s and "
         f"{measured['bandwidth'] / 1e9:.1f} GB/s, fitted to {fitted} measurements, foretell {len(held)} others to "
-        f"{abs(worst['error']):.0%} at worst ({TOLERANCE:.0%} wanted): {worst['model']}, {worst['width']} × "
-        f"{worst['layers']}, {worst['level']}. More in [scale.md](scale.md)."
+        f"{abs(worst['error']):.0%} at worst ({TOLERANCE:.0%} wanted; the worst: {worst['model']}, width "
+        f"{worst['width']}, {worst['layers']} layers, {worst['level']} level). More in [scale.md](scale.md)."
     )
 
 

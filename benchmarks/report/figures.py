@@ -17,7 +17,7 @@ from benchmarks.report.peers import timed
 from eaptk.figures import INK, STYLE
 
 COLOURS = {"block": "#2166ac", "head": "#b2182b"}
-OWN, OTHER = "#2166ac", "#b9b9c3"
+OWN, OTHER = "#2166ac", "#85858f"
 LABELS = {"peer": "peer", "eaptk": "eaptk, asked for the same"}
 
 
@@ -65,18 +65,16 @@ def peers_figure(found: list[dict[str, Any]], tokens: int) -> Figure:
         {who: each["seconds"]["ratio"][f"{who} / bare"]["median"] for who in ("peer", "eaptk")}
         for each in shown
     ]
-    _bars(left, pairs, "times the bare forward and backward pass", "{:.2f}")
-    left.axvline(1, color=INK, lw=0.8)
+    _dots(left, pairs, [1.0] * len(shown), "times the bare forward and backward pass", "{:.2f}")
     memory = [
         {who: each["memory"]["bytes"][who][-1] / 1e6 for who in ("peer", "eaptk", "bare")} for each in shown
     ]
-    _bars(right_, memory, "MB resident above the model (line: bare passes)", "{:,.0f}")
-    for place, each in enumerate(memory):
-        right_.plot([each["bare"]] * 2, [place - 0.4, place + 0.4], color=INK, lw=1.2)
+    bare = [each["bare"] for each in memory]
+    _dots(right_, memory, bare, "MB resident above the model", "{:,.0f}")
     names = [f"{each['peer']} ({each['form']['granularity']})" for each in shown]
     left.set_yticks(range(len(shown)), names)
-    left.invert_yaxis()
-    left.legend(loc="lower right", fontsize=8)
+    left.set_ylim(len(shown) - 0.4, -0.6)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     first = shown[0]
     figure.suptitle(
         f"{first['shape']}, {first['layers']} layers, one sample of {tokens} tokens, CPU", fontsize=10
@@ -84,12 +82,28 @@ def peers_figure(found: list[dict[str, Any]], tokens: int) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, pairs: list[dict[str, float]], label: str, text: str) -> None:
+def _dots(axes: Axes, pairs: list[dict[str, float]], starts: list[float], label: str, text: str) -> None:
+    """A dot a value, and a thin line to it from what the bare passes take: a logarithmic axis has no 0 for bars."""
+    rows = range(len(pairs))
+    bottoms, tops = [row - 0.4 for row in rows], [row + 0.4 for row in rows]
+    axes.vlines(starts, bottoms, tops, color=INK, lw=1.2, label="bare passes", zorder=1)
     for shift, who, colour in ((-0.2, "peer", OTHER), (0.2, "eaptk", OWN)):
         values = [pair[who] for pair in pairs]
-        places = [place + shift for place in range(len(pairs))]
-        bars = axes.barh(places, values, height=0.36, color=colour, label=LABELS[who])
-        axes.bar_label(bars, [text.format(value) for value in values], padding=2, fontsize=7)
+        places = [row + shift for row in rows]
+        axes.hlines(places, starts, values, color=colour, lw=1.2, zorder=2)
+        axes.plot(values, places, "o", color=colour, ms=6, label=LABELS[who], zorder=3)
+        for value, start, place in zip(values, starts, places, strict=True):
+            # On the side that the line does not come from.
+            side = 1 if value >= start else -1
+            axes.annotate(
+                text.format(value),
+                (value, place),
+                xytext=(6 * side, 0),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
+                fontsize=7,
+            )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -22,10 +22,11 @@ def section(record: dict[str, Any], figure: str | None) -> str:
             *_gaps(record),
             f"`{COMMAND}`. What a batch takes beside the forward pass and the backward pass to activations alone of "
             f"the same batch{device}, {settings['threads']} threads, {how}. A ratio is the median "
-            "over rounds of ratios within a round, with the interval that holds it in 95 % of cases (–: too few "
-            "rounds). A target is kept or missed if the whole interval keeps or misses it, else undecided. Weights are "
-            "random, widths and heads those of the published models; the vocabulary is cut to 8,192, and the depth to "
-            "what a machine does in seconds, as each case says. *By FLOPs* is what the ratio would be if all FLOPs "
+            "over rounds of ratios within a round, with the interval that holds it in 95 % of cases; of fewer "
+            "than six rounds there is none, and the least and the most are shown with their number. A target is kept "
+            "or missed if the whole interval keeps or misses it, else undecided. Weights are random, "
+            "widths and heads those of the published models; the vocabulary is cut to 8,192, and the depth to what a "
+            "machine does in seconds, as each case says. *By FLOPs* is what the ratio would be if all FLOPs "
             "took the same time: of the model as measured, and at its published depth, as head level's contraction "
             "grows with the square of the depth. Before anything was timed, scores of a sample's first tokens were "
             "held against those of the same weights in float64, the contraction of the whole batch against that of "
@@ -35,7 +36,8 @@ def section(record: dict[str, Any], figure: str | None) -> str:
             _verdict(record["cases"]),
             "### Where the time goes\n\nThe contraction by itself, on the same operands: at block level beside a copy "
             "in memory (it reads operands), at head level beside a square matrix product (it multiplies them). The "
-            "rest above the bare passes is hooks, views and rows; – where the ratio's interval does not tell it.",
+            "rest above the bare passes is hooks, views and rows; – where it is less than the ratio's interval tells. "
+            "Less than 0 above the bare passes is noise.",
             _contractions(record["cases"]),
             *_profiles(record["cases"]),
             "### Rows and processes\n\n" + _host(record),
@@ -99,7 +101,7 @@ def _verdict(cases: list[dict[str, Any]]) -> str:
         )
         line += f"{LEAST_TOKENS} tokens or more keep it"
         for said in ("undecided", "missed"):
-            line += f"; {said}: {', '.join(by_verdict[said])}" if by_verdict[said] else ""
+            line += f"; {said}: {' | '.join(by_verdict[said])}" if by_verdict[said] else ""
         shares = [
             case[level]["contraction"]["seconds"]["median"] / case["bare"]["seconds"]["median"]
             for case in judged

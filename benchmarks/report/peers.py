@@ -26,7 +26,8 @@ def section(record: dict[str, Any], figures: dict[str, str]) -> str:
         "the same weights, tokens and loss, each tool in a process of its own, in turns with eaptk asked for what the "
         "peer computes (granularity, patching) and with the bare passes. A peer's scores are first given eaptk's "
         "numbering and, like eaptk's own, held against float64, by kind of destination; nothing is timed where either "
-        "are not the same. Interval: of the ratio's median, 95 %; – of fewer than six rounds. "
+        "are not the same. Ratios are medians over rounds of ratios within a round, seconds medians by themselves. "
+        "Interval: of the ratio's median, 95 %; of fewer than six rounds the least and the most, and how many. "
         "The bare passes are of one prompt, forward and backward: patching needs a forward pass of the other prompt on "
         "top, which is not in them. MB: resident memory above the loaded model, at most, of a second run. Fits: tokens "
         f"of one sample in {settings['gigabytes']:g} GB, extrapolated on the straight line through this length and its "
@@ -92,15 +93,16 @@ def _verdict(found: list[dict[str, Any]]) -> str:
             continue
         quickest = min(each, key=lambda one: _ratio(one, "peer / eaptk"))
         line = f"- {level} level, {faster:g}× wanted: the quickest peer, {quickest['peer']}, takes "
-        line += f"{_ratio(quickest, 'peer / eaptk'):.1f}× eaptk's time"
+        times = _ratio(quickest, "peer / eaptk")
+        line += f"{times:.1f}× eaptk's time: {'kept' if times >= faster else 'missed'}"
         if (bare := _ratio(quickest, "peer / bare")) < faster:
             more = " plus the forward pass that patching adds" * (quickest["form"]["ablation"] == "patching")
-            line += f" and {bare:.1f}× the bare passes'; no tool can be quicker than those{more}"
+            line += f". It takes {bare:.1f}× the bare passes', and no tool can be quicker than those{more}"
         if leaner is not None:
             shares = {one["peer"]: above_bare(one, "eaptk") / max(1, above_bare(one, "peer")) for one in each}
             worst = max(shares, key=shares.__getitem__)
-            line += f"; beside the leanest, {worst}, eaptk takes {shares[worst]:.2f} of the memory above the bare "
-            line += f"passes ({leaner:g} wanted)"
+            line += f". Beside the leanest, {worst}, eaptk takes {shares[worst]:.2f} of the memory above the bare "
+            line += f"passes, at most {leaner:g} wanted: {'kept' if shares[worst] <= leaner else 'missed'}"
         lines.append(line + ".")
     return "\n".join(lines)
 
