@@ -171,7 +171,9 @@ def measure(
     run = opened(run)
     kept = run.statistics
     row_index, n_unfinished = _finished(run.path, run.done if kept is None else kept.done, rows)
-    column_index = run.columns if columns is None else _edge_columns(run.graph, columns)
+    column_index = run.columns
+    if columns is not None:
+        column_index = np.unique(indices(columns, run.graph.n_edges, "edge"))
     places = stored_places(run, column_index)
     bins, upper = agreed_histogram([run], bins, upper)
     source: _Rows | _Strongest | _Summaries
@@ -397,9 +399,3 @@ def _finished(path: Path, done: npt.NDArray[Any], rows: npt.ArrayLike | None) ->
     if not len(finished):
         raise EaptkError(f"no row of {path} that was selected is done; score it first")
     return finished, len(wanted) - len(finished)
-
-
-def _edge_columns(graph: Graph, columns: npt.ArrayLike | None) -> Integers:
-    if columns is None:
-        return np.arange(graph.n_edges)
-    return np.unique(indices(columns, graph.n_edges, "edge"))

@@ -73,13 +73,12 @@ def run_names(runs: Sequence[PairedRun], names: Sequence[str] | None) -> tuple[s
             twice = max(given, key=given.count)
             raise EaptkError(f"the name {twice!r} is given twice; give each run one of its own")
         return given
-    short = tuple(Path(run.path).resolve().name for run in runs)
-    found = short if len(set(short)) == len(short) else tuple(str(run.path) for run in runs)
-    if len(set(found)) < len(found):
-        raise EaptkError(
-            f"run {max(found, key=found.count)} is given twice; a run does not differ from itself"
-        )
-    return found
+    paths = [Path(run.path).resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        twice = runs[paths.index(max(paths, key=paths.count))].path
+        raise EaptkError(f"run {twice} is given twice; a run does not differ from itself")
+    short = tuple(path.name for path in paths)
+    return short if len(set(short)) == len(short) else tuple(str(run.path) for run in runs)
 
 
 def pair(runs: Sequence[PairedRun], names: Sequence[str], ids: Collection[str] | None = None) -> Pairing:

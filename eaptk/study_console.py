@@ -28,17 +28,17 @@ def funnel(title: str, stages: Sequence[Stage], notes: Sequence[str] = ()) -> Ta
 
 
 def answered(answers: Mapping[tuple[str, str], Answers]) -> Table:
-    """How many answers of each model and data set are right, finished, and how long they are."""
+    """How many answers of each model and data set, or of each file, are right, finished, and how long they are."""
     table = _table("answers", ())
-    for heading in ("model", "questions"):
+    named = any(dataset for _, dataset in answers)
+    for heading in ("model", "questions") if named else ("file",):
         table.add_column(heading)
     for heading in ("asked", "finished", "right", "mean tokens"):
         table.add_column(heading, justify="right")
     for (model, dataset), each in answers.items():
         right = each.right
         table.add_row(
-            Text(model),
-            Text(dataset),
+            *map(Text, (model, dataset) if named else (model,)),
             f"{len(each):,}",
             f"{sum(each.table['finished'].to_pylist()):,}",
             f"{right.sum():,} ({right.mean():.0%})",

@@ -336,10 +336,10 @@ def _edges_figure(found: list[Line]) -> Figure | None:
     limit = change_limit([matrix for each in changes for matrix in each])
     for x, experiment in enumerate(experiments):
         for i, k in enumerate((0, *runs)):
-            title = f"{_text(experiment.names[k])}, α = {experiment.alpha:g}"
+            title = f"{experiment.names[k]}, α = {experiment.alpha:g}"
             strength_panel(panels[i, x], graph, strengths[x][i], scale, title)
         for i, k in enumerate(runs):
-            title = f"{_text(experiment.names[0])} → {_text(experiment.names[k])}, α = {experiment.alpha:g}"
+            title = f"{experiment.names[0]} → {experiment.names[k]}, α = {experiment.alpha:g}"
             change_panel(panels[1 + len(runs) + i, x], graph, changes[x][i], limit, title)
     _outer_labels(panels)
     strength_bar(figure, list(panels[: 1 + len(runs)].ravel()))
