@@ -75,8 +75,8 @@ def run_names(runs: Sequence[PairedRun], names: Sequence[str] | None) -> tuple[s
         return given
     paths = [Path(run.path).resolve() for run in runs]
     if len(set(paths)) < len(paths):
-        twice = runs[paths.index(max(paths, key=paths.count))].path
-        raise EaptkError(f"run {twice} is given twice; a run does not differ from itself")
+        one = runs[paths.index(max(paths, key=paths.count))]
+        raise EaptkError(f"run {one.path} is given twice; a run does not differ from itself")
     short = tuple(path.name for path in paths)
     return short if len(set(short)) == len(short) else tuple(str(run.path) for run in runs)
 

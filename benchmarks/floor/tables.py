@@ -143,7 +143,7 @@ def host_lines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ratio = yardstick["ratio"]
         lines.append(
             (
-                "the bare pass as one writes it by hand",
+                "the bare pass as one writes it by hand, softmax in the model's dtype",
                 f"{ratio['median']:.2f}× the time of the one here ({interval_text(ratio, 2)}), to which ratios are",
                 yardstick["case"],
             )

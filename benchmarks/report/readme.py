@@ -12,6 +12,7 @@ from benchmarks.report.markdown import table
 from benchmarks.report.peers import timed
 from eaptk.errors import EaptkError
 
+_FLOOR = "`python -m benchmarks.floor`"
 _REGION = re.compile(r"(?<=<!-- benchmarks -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 
 
@@ -50,7 +51,7 @@ def _floor(record: dict[str, Any] | None) -> list[list[str]]:
         missing["in too few rounds"] = sum(bool(case[level]["target"]) for case in cases) - len(judged)
         if more := [f"{n} more {why}" for why, n in missing.items() if n]:
             what += f" ({', '.join(more)})"
-        rows.append([what, f"{low:.2f} to {high:.2f}× (most: {name})", "`python -m benchmarks.floor`"])
+        rows.append([what, f"{low:.2f} to {high:.2f}× (most: {name})", _FLOOR])
     narrow = [case for case in cases if case["shape"] == "Qwen2, narrow"]
     if narrow:
         head = narrow[0]["head"]
@@ -58,7 +59,7 @@ def _floor(record: dict[str, Any] | None) -> list[list[str]]:
             [
                 f"memory above the bare pass, head level, {narrow[0]['name']}",
                 f"{head['bytes_above_bare'] / 1e6:.0f} MB",
-                "",
+                _FLOOR,
             ]
         )
     sweeping, storing = record.get("sweeping"), record.get("storing")
@@ -69,7 +70,7 @@ def _floor(record: dict[str, Any] | None) -> list[list[str]]:
             [
                 "metrics sweep over rows",
                 f"{speed['sweep']:.0f} GB/s, {share:.0%} of reading and summing them",
-                "",
+                _FLOOR,
             ]
         )
     if storing and fault_of(storing) is None:
@@ -78,7 +79,7 @@ def _floor(record: dict[str, Any] | None) -> list[list[str]]:
             [
                 "rows to disk ÷ plain sequential writes of the same bytes",
                 f"{ratio['median']:.2f}× ({interval_text(ratio, 2)})",
-                "",
+                _FLOOR,
             ]
         )
     return rows
@@ -96,7 +97,7 @@ def _peers(record: dict[str, Any] | None) -> list[list[str]]:
             if not found:
                 continue
             times = ", ".join(
-                f"{each['peer'].removesuffix('-block')} {each['seconds']['ratio']['peer / eaptk']['median']:.1f}×"
+                f"{each['peer'].removesuffix('-block')} {_times(each['seconds']['ratio']['peer / eaptk'])}"
                 for each in found
             )
             lost = [each["peer"] for each in failed if each["form"]["granularity"] == level]
@@ -105,3 +106,7 @@ def _peers(record: dict[str, Any] | None) -> list[list[str]]:
             what = f"peers ÷ eaptk, {level} level, {shape}, {tokens} tokens"
             rows.append([what, times, "`python -m benchmarks.peers`"])
     return rows
+
+
+def _times(ratio: dict[str, Any]) -> str:
+    return f"{ratio['median']:.1f}×" + " (one round)" * (len(ratio["each"]) == 1)
