@@ -91,7 +91,7 @@ def _hugging_face(source: str | Path, config: str | None) -> Any:
     """A dataset from a local folder or the hub."""
     name, _, split = str(source).partition(":")
     on_hub = not is_meant_as_path(name) and not name.endswith((".jsonl", ".json", ".parquet"))
-    if not Path(name).is_dir() and not on_hub:
+    if not os.path.isdir(name) and not on_hub:
         raise EaptkError(f"no such file: {source}; give a JSONL file or a Hugging Face dataset")
     try:
         import datasets

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,26 @@ def error_of(capfd: pytest.CaptureFixture[str], *arguments: Any) -> str:
     assert output.err.startswith("eaptk: error: ")
     assert output.err.count("\n") == 1, output.err
     return output.err
+
+
+def test_the_version_is_that_of_the_package(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capfd.readouterr().out == f"eaptk {version('eaptk')}\n"
+
+
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one/manifest.json").write_text("{}")
+    assert f"`eaptk runs list {tmp_path}/runs` shows them" in error_of(capfd, "inspect", tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("range_", "said"), [("1e-6", True), ("1e6", False)])
+def test_scores_above_the_range_of_a_run_of_metrics_are_spoken_of(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], range_: str, said: bool
+) -> None:
+    where = ("--model", model, "--data", data, "--out", tmp_path / "run")
+    assert run("score", *where, "--metrics-only", "--range", range_) == 0
+    assert ("of |W| lies above --range" in capfd.readouterr().err) is said
 
 
 @pytest.mark.parametrize("arguments", [[], ["score"], ["inspect"]], ids=str)

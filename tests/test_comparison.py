@@ -332,6 +332,12 @@ def test_what_could_not_be_verified_is_said():
     assert all(f"note: {note}" in shown for note in found.notes)
 
 
+def test_a_run_by_two_paths_is_one_run():
+    a, b = two_runs()
+    with pytest.raises(EaptkError, match=r"run runs/x/\.\./sft is given twice"):
+        compare([replace(a, path=Path("runs/x/../sft")), replace(b, path=Path("runs/sft"))], resampling=QUICK)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [(["a"], "there are 1 names for 2 runs"), (["a", "a"], "the name 'a' is given twice")],

@@ -419,3 +419,13 @@ def test_a_million_samples_are_planned_in_seconds() -> None:
     plan = plan_batches(lengths, 2048)
     assert time.process_time() - started < 10
     assert len(plan) < 1.07 * lengths.sum() / 2048
+
+
+def test_a_budget_beyond_all_tokens_is_one_batch() -> None:
+    assert plan_batches([5, 5, 5], 10**20) == [[0, 1, 2]]
+    assert plan_batches([5, 5, 1], 10**20) == plan_batches([5, 5, 1], 15)
+
+
+def test_a_name_too_long_for_a_file_is_no_dataset() -> None:
+    with pytest.raises(EaptkError, match="no such file: n"):
+        read_samples("n" * 400 + ".jsonl", make_tokenizer())

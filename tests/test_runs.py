@@ -128,6 +128,14 @@ def test_one_bit_that_changed_is_found_and_computed_again(tmp_path: Path, kind: 
     assert content(path) == before
 
 
+def test_a_manifest_that_is_a_link_to_nothing_is_a_problem_of_that_run_alone(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/manifest.json").symlink_to("nowhere.json")
+    gone, fine = runs.find([tmp_path])
+    assert (gone.problem, fine.problem) == ("its manifest.json is a link to nothing", "")
+
+
 def test_a_row_marked_done_that_was_never_written_is_found(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
     expected = np.load(path / "scores.npy")

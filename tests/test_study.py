@@ -245,6 +245,8 @@ def test_the_commands_one_after_the_other_are_the_study(
     code, out, _ = run(capfd, "grade", *files, "--wrong", "3")
     assert code == 0
     assert "q5" in out, "a wrong answer is shown with its reason"
+    assert "file" in out
+    assert "questions" not in out
     code, out, _ = run(capfd, "select", *files, "--samples", 12, "--out", tmp_path / "selected")
     assert code == 0
     for name in ("sft", "rl"):
@@ -260,6 +262,20 @@ def test_the_commands_one_after_the_other_are_the_study(
         )
         assert code == 0
         assert np.array_equal(Run.open(tmp_path / f"runs/{name}").scores, study.scores)
+
+
+def test_answers_leave_the_journal_of_another_file_alone(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / ".a1.parquet.0123456789ab.jsonl"
+    other.write_text("")
+    code, _, _ = run(
+        capfd,
+        *("generate", "--model", place / "sft", "--data", place / "exam.jsonl", "--limit", 3),
+        *("--out", tmp_path / "a[1].parquet", "--max-new-tokens", 4),
+    )
+    assert code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "a[1].parquet"]
 
 
 @pytest.mark.usefixtures("results")
