@@ -52,14 +52,14 @@ class Process:
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that work together, as a launcher starts them: if one fails, it ends the others, once."""
+    """Processes that work together, as a launcher starts them: if one fails, it ends the others, and tells them again."""
 
     members: list[Process]
 
     def wait(self) -> list[int]:
         """Exit codes by rank."""
         codes: dict[int, int] = {}
-        has_failed = False
+        has_failed = reminded = False
         deadline = time.monotonic() + 60
         while len(codes) < len(self.members):
             for rank, member in enumerate(self.members):
@@ -69,6 +69,11 @@ class Team:
                         has_failed = True
                         for other in set(range(len(self.members))) - set(codes):
                             self.members[other].kill(signal.SIGTERM)
+            if has_failed and not reminded and time.monotonic() > deadline - 30:
+                # torchrun waits as long before it ends them for good: a library may have swallowed the first.
+                reminded = True
+                for other in set(range(len(self.members))) - set(codes):
+                    self.members[other].kill(signal.SIGTERM)
             if time.monotonic() > deadline:
                 for other in set(range(len(self.members))) - set(codes):
                     self.members[other].kill()
