@@ -52,7 +52,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that work together, as a launcher starts them: if one fails, it ends the others, and tells them again."""
+    """Processes that work together, as a launcher starts them: if one fails, it ends the others."""
 
     members: list[Process]
 
