@@ -8,6 +8,7 @@ requests as lines of JSON and answers each with a number, the id of a new proces
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -52,14 +53,14 @@ class Process:
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that work together, as a launcher starts them: if one fails, it ends the others."""
+    """Processes that work together, as a launcher starts them: if one fails, it ends the others, once."""
 
     members: list[Process]
 
     def wait(self) -> list[int]:
         """Exit codes by rank."""
         codes: dict[int, int] = {}
-        has_failed = reminded = False
+        has_failed = False
         deadline = time.monotonic() + 60
         while len(codes) < len(self.members):
             for rank, member in enumerate(self.members):
@@ -69,14 +70,12 @@ class Team:
                         has_failed = True
                         for other in set(range(len(self.members))) - set(codes):
                             self.members[other].kill(signal.SIGTERM)
-            if has_failed and not reminded and time.monotonic() > deadline - 30:
-                # torchrun waits as long before it ends them for good: a library may have swallowed the first.
-                reminded = True
-                for other in set(range(len(self.members))) - set(codes):
-                    self.members[other].kill(signal.SIGTERM)
             if time.monotonic() > deadline:
-                for other in set(range(len(self.members))) - set(codes):
-                    self.members[other].kill()
+                left = set(range(len(self.members))) - set(codes)
+                for end in (signal.SIGUSR1, signal.SIGKILL):
+                    for other in left:
+                        self.members[other].kill(end)
+                    time.sleep(1)  # to say where it stands
                 raise AssertionError("\n".join([f"hangs: {set(codes)} ended", *self.logs]))
             time.sleep(0.002)
         return [codes[rank] for rank in range(len(self.members))]
@@ -128,7 +127,8 @@ def eaptk(*arguments: str) -> None:
 
 
 def as_rank(rank: int, size: int, port: int, target: str, *arguments: Any) -> None:
-    """Target: another one, as one process of several."""
+    """Target: another one, as one process of several; SIGUSR1 makes it say where it stands."""
+    faulthandler.register(signal.SIGUSR1, file=2)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
