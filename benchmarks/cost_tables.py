@@ -15,7 +15,6 @@ from benchmarks.outlook import N_SCALING, Forecast, Pace, Scaling
 DOCS = Path(__file__).parents[1] / "docs" / "scale.md"
 #: Error of a prediction that held-out cases are to stay within.
 TOLERANCE = 0.25
-COLORS = {"bare": "tab:gray", "block": "tab:blue", "head": "tab:orange"}
 
 
 def measured_table(measured: dict[str, Any]) -> Table:

@@ -112,10 +112,8 @@ def _refuse_acausal(config: Any) -> None:
             "the config has is_causal false: attention reads later tokens too, so there are no causal edges"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    each = [
-        rope,
-        *(value for value in rope.values() if isinstance(value, Mapping)),
-    ]  # some have one a kind of layer
+    # Of some models each kind of layer has its own.
+    each = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
     bound = sorted({str(found["rope_type"]) for found in each if found.get("rope_type") in _BATCH_BOUND})
     if bound:
         raise EaptkError(

@@ -91,8 +91,7 @@ class Batch:
             tensors: ``input_ids`` [B, T]; optional ``attention_mask`` [B, T] (padding on either side);
                 optional ``labels`` [B, T] in the Hugging Face convention (labels[b, t] is token t itself,
                 −100 for no loss; default: every token but the first); optional ``corrupt_ids`` [B, T], whose
-                padding is that of ``input_ids``. What else
-                tokenizers return says nothing more, and is left alone.
+                padding is that of ``input_ids``. What else tokenizers return says nothing more, and is left alone.
 
         Raises:
             EaptkError: a tensor is missing or has another shape, a sample has no real token or no target, positions

@@ -36,12 +36,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Raises:
         EaptkError: the model's parameters are such that no gradient flows through them.
     """
-    training = [module for module in model.modules() if module.training]
-    # By place: of an offloaded model each use of a parameter leaves another object there.
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise EaptkError(
             "the model was made under torch.inference_mode(), which allows no gradients; make it outside"
         )
+    training = [module for module in model.modules() if module.training]
+    # By place: of an offloaded model each use of a parameter leaves another object there.
     trainable = [
         (module, name)
         for module in model.modules()

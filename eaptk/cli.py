@@ -95,13 +95,6 @@ def inspect(
     from rich.console import Console
 
     console = Console()
-    if not plan:
-        for option in ("tokens", "loss_tokens", "granularity", "card", "budget", "dtype"):
-            given = context.get_parameter_source(option)
-            if given is not None and given.name == "COMMANDLINE":
-                raise EaptkError(
-                    f"--{option.replace('_', '-')} is for --plan alone; add that, or leave it out"
-                )
     if plan:
         from eaptk.loading import quiet_transformers
 
@@ -124,6 +117,10 @@ def inspect(
         for table in plan_tables(target, foreseen, found):
             console.print(table)
         return
+    for option in ("tokens", "loss_tokens", "granularity", "card", "budget", "dtype"):
+        given = context.get_parameter_source(option)
+        if given is not None and given.name == "COMMANDLINE":
+            raise EaptkError(f"--{option.replace('_', '-')} is for --plan alone; add that, or leave it out")
     if (Path(target) / "manifest.json").exists():
         from eaptk.store import Run
         from eaptk.tables import run_facts, strongest_edges

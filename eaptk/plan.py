@@ -181,7 +181,7 @@ class Work:
     @property
     def sources(self) -> int:
         """Bytes of what is kept of all sources: O − O', or both of two prompts in half precision."""
-        return self._written * (2 if self.patched and self.itemsize < 4 else 1)
+        return self._written * (1 + self._holds_both)
 
     @property
     def rows(self) -> int:
@@ -226,7 +226,7 @@ class Work:
         shared = checkpoint or self.itemsize >= 4 or not normed
         kept = (self.stream if checkpoint else self.kept) + (0 if shared else self.stream)
         inside = self.backward + (self.kept if checkpoint else 0)
-        most = n_layers * kept + max(self.logits, self._written if self.patched and self.itemsize >= 4 else 0)
+        most = n_layers * kept + max(self.logits, self._written * (self.patched and not self._holds_both))
         # Further backward passes need all that the first went back through.
         below = n_layers if self.n_cuts > 1 else 0
         waiting = [self.readers[-1]]
@@ -287,6 +287,11 @@ class Work:
             self.gradients(now) + self.sources * len(self._sources_read(now)) // layers
             for _, now in self.flushes(flush_layers)
         )
+
+    @property
+    def _holds_both(self) -> bool:
+        """Whether sources of both prompts are there until they are contracted; see `eaptk.contraction.operands`."""
+        return self.patched and self.itemsize < 4
 
     @property
     def _written(self) -> int:

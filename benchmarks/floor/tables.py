@@ -22,8 +22,9 @@ def passes_table(result: dict[str, Any]) -> Table:
     table = Table(
         title="Attribution beside the bare forward and backward pass, "
         f"{settings['device']}, {settings['threads']} threads",
-        caption="Ratio: median over rounds, and between which two rounds the median lies (95 %; – of too few). Red: "
-        "over its target; yellow: it lies within the interval, or within the rounds if they are too few. FLOPs: "
+        caption="Ratio: median over rounds, and between which two rounds the median lies (95 %; of too few the "
+        "least and the most). Red: over its target; yellow: "
+        "it lies within the interval, or there is none. FLOPs: "
         "what the ratio would be if all of them took the same time, here and at the published depth. Contraction: "
         "milliseconds, and its rate as a share of copying memory (block) or of a matrix product (head).",
     )
